@@ -1,0 +1,168 @@
+"""Speed and memory, as ratios measured in one run, so that they mean the same on any machine.
+
+python tests/benchmark.py convert                # about five minutes: a run of 140 MB, converted several times
+python tests/benchmark.py convert --repeats 3 --scans 600
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import convert  # noqa: E402
+
+RECIPE = convert.Recipe(0.0, 20.0, 100.0, 1200.0)
+
+
+def seconds(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def row(what, figure, target=""):
+    print(f"{what:<72} {figure:>12}  {target}", flush=True)
+
+
+# ---------------------------------------------------------------- convert
+
+
+def write_run(path, n_scans, n_peaks=4000):
+    """A centroided run: zlib, m/z in 64 bits, intensity in 32; 2,400 scans make about 140 MB."""
+    rng = np.random.default_rng(0)
+    scans = (
+        (0.5 * i, np.sort(rng.uniform(100, 1200, n_peaks)), rng.lognormal(8, 1.5, n_peaks)) for i in range(n_scans)
+    )
+    convert.write_mzml(path, scans)
+
+
+def load(path):
+    """What pyopenms needs to read the file, MS1 only: the yardstick of everything else."""
+    import pyopenms
+
+    options, handler, experiment = pyopenms.PeakFileOptions(), pyopenms.FileHandler(), pyopenms.MSExperiment()
+    options.setMSLevels([1])
+    handler.setOptions(options)
+    handler.loadExperiment(str(path), experiment)
+    return experiment
+
+
+def article_recipe(path, png, n_bins=500):
+    """The recipe as the article's text describes it: flat peak arrays, histogram2d, a figure saved at 300 dpi."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from scipy.ndimage import gaussian_filter
+
+    rt, mz, intensity = [], [], []
+    for spectrum in load(path):
+        peaks = spectrum.get_peaks()
+        rt.append(np.full(len(peaks[0]), spectrum.getRT() / 60))
+        mz.append(peaks[0])
+        intensity.append(peaks[1])
+    rt, mz, intensity = map(np.concatenate, (rt, mz, intensity))
+    counts, _, _ = np.histogram2d(rt, mz, n_bins, [(0, 20), (100, 1200)], weights=intensity)
+    counts = gaussian_filter(counts / np.maximum(counts.max(axis=1, keepdims=True), 1e-9), 2)
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes([0, 0, 1, 1])
+    axes.imshow(np.log1p(255 * counts / counts.max()).T, cmap="jet", origin="lower", aspect="auto")
+    axes.axis("off")
+    figure.savefig(png, dpi=300)
+
+
+def convert_and_weigh(path, png):
+    """In a worker: convert one run; returns the worker's peak memory in MB (Linux)."""
+    convert.write_pictures(path, [(png, (0, 0))], RECIPE)
+    return (
+        int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    )  # ru_maxrss is inherited
+
+
+def seconds_with_threads(path, n):
+    """Seconds of wall and of processor time of one load in a fresh process with n OpenMP threads."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); import benchmark; benchmark.load(sys.argv[2]); "
+        "wall, cpu = time.perf_counter(), time.process_time(); benchmark.load(sys.argv[2]); "
+        "print(time.perf_counter() - wall, time.process_time() - cpu)"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(n)}
+    return tuple(map(float, subprocess.run(command, env=environment, capture_output=True, check=True).stdout.split()))
+
+
+def benchmark_convert(args):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        path, png = folder / "run0.mzML", folder / "run.png"
+        write_run(path, args.scans)
+        print(f"{path.stat().st_size / 1e6:.0f} MB, {args.scans} scans; median of {args.repeats} repeats\n")
+        article_recipe(path, png)  # imports and page cache
+        convert.write_pictures(path, [(png, (0, 0))], RECIPE)
+
+        times = {name: [] for name in ("load", "read", "bin", "filter", "write", "conversion", "article")}
+        for _ in range(args.repeats):  # interleaved, so that a busy moment hits all of them
+            times["load"].append(seconds(load, path))
+            times["conversion"].append(seconds(convert.write_pictures, path, [(png, (0, 0))], RECIPE))
+            times["article"].append(seconds(article_recipe, path, png))
+            times["read"].append(seconds(convert.read_run, path, lambda *scan: None))
+            times["bin"].append(seconds(convert.histogram_of_run, path, RECIPE))
+            counts = np.random.default_rng(0).lognormal(8, 2, RECIPE.bins)
+            times["filter"].append(seconds(convert.picture_of_counts, counts, RECIPE))
+        cost = {name: median(values) for name, values in times.items() if values}
+        cost["bin"] -= cost["read"]
+        cost["write"] = max(0, cost["conversion"] - cost["read"] - cost["bin"] - cost["filter"])
+        row("one conversion / pyopenms' load of the file", f"{cost['conversion'] / cost['load']:.2f}", "at most 1.35")
+        row("the article's recipe / one conversion", f"{cost['article'] / cost['conversion']:.2f}", "at least 2.5")
+
+        memory = next(convert.for_each(convert_and_weigh, {"run": (path, png)}, 1, "one worker"))[1]
+        row("peak memory of one worker", f"{memory:.0f} MB", "at most 400 MB")
+
+        n = 2 * args.repeats
+        runs = [folder / f"run{i}.mzML" for i in range(n)]
+        for run in runs[1:]:
+            os.link(path, run)
+        tasks = {run.name: (run, [(run.with_suffix(".png"), (0, 0))], RECIPE) for run in runs}
+        both = seconds(lambda: list(convert.for_each(convert.write_pictures, tasks, 2, "two workers")))
+        serial = sum(seconds(article_recipe, run, png) for run in runs)
+        row(
+            f"{n} files with two workers, start included, against the article's recipe",
+            f"{serial / both:.2f}",
+            "at least 3",
+        )
+
+        print("\nWhere the time of one conversion goes")
+        for name, what in (
+            ("read", "read: unpack, parse, decode, hand over scan by scan"),
+            ("bin", "bin"),
+            ("filter", "normalise, filter, colour"),
+            ("write", "write the PNG"),
+        ):
+            row(f"  {what}", f"{1000 * cost[name]:.0f} ms", f"{cost[name] / cost['conversion']:.0%}")
+        print("\nThreads of pyopenms within one file")
+        for threads in (1, os.cpu_count()):
+            wall, cpu = seconds_with_threads(path, threads)
+            row(f"  {threads} OpenMP threads: wall, processor time / wall", f"{wall:.2f} s", f"{cpu / wall:.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("convert", help="conversion against pyopenms' load and the article's recipe")
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--scans", type=int, default=2400)
+    command.set_defaults(function=benchmark_convert)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # as in convert.py with a worker a core; for everything that is compared
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()
