@@ -1,0 +1,265 @@
+"""Facts about training, on the command line and in its parts."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, TINY, call
+
+import deeplcms
+import train
+from convert import Problem, run_script
+
+
+def rows_of(path):
+    return list(csv.DictReader(open(path)))
+
+
+def without_seconds(run):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(run / "epochs.csv")]
+
+
+def weights_of(run, name="best.pt"):
+    return torch.load(run / name, weights_only=True)["model"]
+
+
+def test_best_pt_is_the_epoch_of_lowest_validation_loss_and_gives_its_figures_back(run, demo):
+    rows = rows_of(run / "epochs.csv")
+    best = min(rows, key=lambda row: float(row["val_loss"]))
+    model, checkpoint = deeplcms.load_run(run)
+    assert checkpoint["epoch"] == int(best["epoch"])
+    data = deeplcms.Pictures(
+        deeplcms.find_pictures(demo, ("val",))["val"],
+        checkpoint["classes"],
+        deeplcms.evaluation_transform(model.image_size, model.mean, model.std),
+    )
+    logits, labels = deeplcms.predict(model, torch.utils.data.DataLoader(data, 3), torch.device("cpu"))
+    assert deeplcms.loss_of(logits, labels).item() == pytest.approx(float(best["val_loss"]), abs=1e-5)
+    metrics = deeplcms.metrics_of(labels, deeplcms.probabilities_of(logits))
+    assert metrics["accuracy"] == pytest.approx(float(best["val_accuracy"]), abs=1e-5)
+
+
+def test_a_run_folder_holds_what_the_next_scripts_need(run):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.json", "epochs.csv", "curves.png", "transformed_grid.png", "best.pt", "last.pt"}
+    config = json.loads((run / "config.json").read_text())
+    assert config["status"] == "finished" and config["weights_origin"] == "random initialisation"
+    checkpoint = deeplcms.load_run(run)[1]
+    assert checkpoint["recipe"].rt_max == 10.0 and len(checkpoint["cohort"]["total_intensity"]) > 20
+
+
+def test_the_same_seed_gives_the_same_figures_with_any_number_of_workers(run, demo, tmp_path):
+    arguments = ["--backbone", "test_resnet", "--data", demo, "--grid", 3, "--epochs", 2, "--lr", 0.01, *TINY]
+    done = call("train.py", *arguments, "--workers", 2, "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert without_seconds(tmp_path / "demo/test_resnet/seed2643") == without_seconds(run)
+
+
+def test_the_range_test_leaves_no_trace(demo, tmp_path):
+    arguments = ["--backbone", "test_resnet", "--data", demo, "--grid", 3, "--epochs", 1, *TINY]
+    done = call("train.py", *arguments, "--out", tmp_path / "auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    auto = tmp_path / "auto/demo/test_resnet/seed2643"
+    assert (auto / "lr_find.png").exists() and len(rows_of(auto / "lr_find.csv")) > 10
+    lr = json.loads((auto / "config.json").read_text())["lr"]
+    call("train.py", *arguments, "--lr", repr(lr), "--out", tmp_path / "given", cwd=tmp_path)
+    assert without_seconds(auto) == without_seconds(tmp_path / "given/demo/test_resnet/seed2643")
+
+
+def test_the_suggested_rate_lies_on_the_slope():
+    rates = np.geomspace(1e-7, 1, 100)
+    losses = 0.7 - 0.5 / (1 + np.exp(-6 * (np.log10(rates) + 2))) + 5 * np.maximum(0, np.log10(rates) + 0.7)
+    lr, _ = train.suggest_lr(rates, losses)
+    assert 10**-2.5 < lr < 10**-1.5
+    assert train.suggest_lr(rates, np.full(100, 0.7))[0] is None
+
+
+def test_killed_and_resumed_equals_uninterrupted(demo, tmp_path):
+    arguments = ["--backbone", "test_resnet", "--data", demo, "--grid", 3, "--epochs", 8, "--lr", 0.01, *TINY]
+    whole = call("train.py", *arguments, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, ROOT / "train.py", *arguments, "--out", "killed"]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    killed = tmp_path / "killed/demo/test_resnet/seed2643"
+    for _ in range(600):
+        if (killed / "epochs.csv").exists() and len(rows_of(killed / "epochs.csv")) >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(rows_of(killed / "epochs.csv")) < 8
+    done = call("train.py", "--resume", killed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = tmp_path / "whole/demo/test_resnet/seed2643"
+    assert without_seconds(killed) == without_seconds(expected)
+    for name in ("best.pt", "last.pt"):
+        for key, value in weights_of(expected, name).items():
+            assert torch.equal(weights_of(killed, name)[key], value), (name, key)
+
+
+def test_stored_features_equal_fresh_draws(demo, tmp_path):
+    """With as many stored draws as epochs the figures of every epoch are those of fresh draws."""
+    arguments = ["--backbone", "test_resnet", "--data", demo, "--finetune", "head", "--epochs", 3, "--lr", 0.03, *TINY]
+    arguments += ["--erase", 0.5, "--grid", 2, "--seed", train.DRAW_SEED]
+    for views in (0, 3):
+        done = call("train.py", *arguments, "--views", views, "--out", f"views{views}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    fresh, stored = (rows_of(tmp_path / f"views{v}/demo/test_resnet/seed2643/epochs.csv") for v in (0, 3))
+    for a, b in zip(fresh, stored, strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-4)
+
+
+def test_stored_features_are_found_again_and_never_by_another_picture(demo, tmp_path):
+    data = tmp_path / "demo"
+    shutil.copytree(demo, data, ignore=shutil.ignore_patterns("raw"))
+    arguments = ["--backbone", "test_resnet", "--data", data, "--finetune", "head", "--epochs", 1, "--lr", 0.03, *TINY]
+    first = call("train.py", *arguments, cwd=tmp_path)
+    again = call("train.py", *arguments, "--seed", 2643, cwd=tmp_path)
+    assert "extracting" in first.stdout and "extracting" not in again.stdout
+    one, other = sorted((data / "train" / "control").glob("*.png"))[:2]
+    shutil.copyfile(other, one)
+    changed = call("train.py", *arguments, cwd=tmp_path)
+    assert "extracting features" in changed.stdout and "stored features" in changed.stdout  # validation is unchanged
+
+
+def test_folds_keep_samples_and_their_copies_together(demo):
+    class Fake:
+        def __init__(self, name, phenotype, copy=False, group=""):
+            self.sample_name, self.phenotype, self.is_copy, self.group = name, phenotype, copy, group
+
+    pictures = [Fake(f"s{i}", "AB"[i % 2], copy) for i in range(30) for copy in (False, True)]
+    folds = train.fold_of(pictures, 5, seed=1)
+    assert len(folds) == 30
+    for fold in range(5):
+        members = [p for p in pictures if folds[p.sample_name] == fold and not p.is_copy]
+        assert sorted(p.phenotype for p in members) == ["A"] * 3 + ["B"] * 3
+    grouped = [Fake(f"s{i}", "AB"[i % 2], group=f"person{i // 3}") for i in range(30)]
+    folds = train.fold_of(grouped, 5, seed=1)
+    for person in range(10):
+        assert len({folds[f"s{i}"] for i in range(3 * person, 3 * person + 3)}) == 1
+
+
+def test_batches_hold_every_picture_once_and_never_one_alone():
+    batches = train.EpochBatches(33, 8, seed=3)
+    first = list(batches)
+    assert sorted(i for batch in first for i, _ in batch) == list(range(33)) and min(map(len, first)) > 1
+    batches.epoch = 1
+    assert [i for batch in batches for i, _ in batch] != [i for batch in first for i, _ in batch]
+    assert {draw for batch in batches for _, draw in batch} == {1}
+
+
+def test_pretrained_weights_come_from_the_local_cache(tmp_path, monkeypatch):
+    """A Hub cache that the test fills: `pretrained` loads exactly these weights, without network."""
+    import safetensors.torch
+
+    source = timm.create_model("test_resnet", pretrained=False)
+    repository = tmp_path / "models--timm--test_resnet.r160_in1k"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    safetensors.torch.save_file(source.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    args = train.parse_arguments(["--backbone", "test_resnet", "--weights", "pretrained", "--data", "x"])
+    args.sweep = False
+    model, origin, frozen = train.build_model(args, "test_resnet", 2)
+    assert "pretrained" in origin and frozen
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
+def test_weights_from_files_with_a_classifier_of_another_size(run, tmp_path):
+    import safetensors.torch
+
+    source = timm.create_model("test_resnet", num_classes=17)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    for path in (tmp_path / "weights.pt", tmp_path / "weights.safetensors"):
+        model = deeplcms.Classifier("test_resnet", 2, image_size=64)
+        train.load_weights(model, path)
+        assert torch.equal(model.backbone.state_dict()["conv1.0.weight"], source.state_dict()["conv1.0.weight"])
+    train.load_weights(model, run / "best.pt")
+    assert torch.equal(model.backbone.conv1[0].weight, weights_of(run)["backbone.conv1.0.weight"])
+    with pytest.raises(Problem, match="same --backbone"):
+        train.load_weights(deeplcms.Classifier("test_vit", 2), tmp_path / "weights.pt")
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(demo, tmp_path):
+    """A frozen backbone has no batch statistics that move: the figures agree within float tolerance."""
+    arguments = ["--backbone", "test_resnet", "--data", demo, "--finetune", "head", "--views", 0, "--epochs", 2]
+    arguments += [*TINY, "--lr", 0.05, "--workers", 0]
+    one = call("train.py", *arguments, "--batch-size", 10, "--out", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    command += [str(ROOT / "train.py"), *map(str, arguments), "--batch-size", "5", "--out", "two"]
+    two = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    for a, b in zip(
+        *(rows_of(tmp_path / f"{n}/demo/test_resnet/seed2643/epochs.csv") for n in ("one", "two")), strict=True
+    ):
+        for name in ("train_loss", "val_loss", "val_accuracy"):
+            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-5)
+
+
+def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(demo, tmp_path):
+    arguments = ["--backbone", "test_resnet", "pixels", "--data", demo, "--epochs", 1, "--lr", 0.01, *TINY]
+    first = call("train.py", *arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    again = call("train.py", *arguments, cwd=tmp_path)
+    assert again.stdout.count("is finished already") == 2
+    assert len(list(tmp_path.glob("runs/demo/*/seed*"))) == 2
+
+
+def test_tuning_covers_the_eight_combinations_in_eight_trials(demo, tmp_path):
+    arguments = ["--backbone", "pixels", "--data", demo, "--epochs", 2, "--lr", 0.01, "--tune", 8, *TINY]
+    done = call("train.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trials = rows_of(tmp_path / "runs/demo/pixels/tune/trials.csv")
+    assert len({(t["params_optimizer"], t["params_scheduler"]) for t in trials}) == 8 == len(trials)
+    assert "--optimizer" in done.stdout.splitlines()[-1]
+
+
+def test_shuffled_labels_follow_the_parent_and_keep_the_counts(demo):
+    pictures = deeplcms.find_pictures(demo, ("train",))["train"]
+    before = [p.phenotype for p in pictures]
+    train.shuffled_labels(pictures, 1)
+    after = [p.phenotype for p in pictures]
+    assert sorted(before) == sorted(after) and before != after
+
+
+@pytest.mark.parametrize(
+    "arguments, status, words",
+    [
+        (["--backbone", "mobilone_s3", "--data", "demo"], 2, "mobileone_s3"),
+        (["--backbone", "test_resnet", "--data", "nowhere"], 2, "nowhere: no such data set"),
+        (["--backbone", "test_resnet", "--data", "empty"], 2, "no pictures in train"),
+        (["--backbone", "test_resnet", "--data", "demo", "--positive", "ill"], 2, "control, exposed"),
+        (["--backbone", "test_resnet", "--data", "demo", "--weights", "gone.pt"], 2, "gone.pt: no such file"),
+        (["--backbone", "test_resnet", "--data", "demo", "--weights", "pretrained"], 1, "--weights FILE or random"),
+        (["--backbone", "test_resnet", "--data", "demo", "--views", "3", *TINY], 2, "--finetune head"),
+        (["--resume", "empty"], 2, "no config.json"),
+        (["--backbone", "test_resnet", "--data", "demo", "--lr", "1e30", "--epochs", "2", *TINY], 1, "--lr"),
+        (["--data", "demo"], 2, "--backbone"),
+    ],
+)
+def test_wrong_use_ends_in_one_clear_line(demo, tmp_path, monkeypatch, capsys, arguments, status, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "demo").symlink_to(demo)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        run_script(train.main)
+    assert end.value.code == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("train.py: ") and words in lines[-1]
+    assert not list(tmp_path.glob("runs/demo/*/seed*/best.pt"))

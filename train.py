@@ -1,0 +1,1009 @@
+"""Train a classifier of pseudo-images: a timm backbone, a new head, one visible loop.
+
+Article, "Transfer learning", "Hyperparameter optimisation" and "Evaluating the final model". The heart is `fit`, the
+training loop; what is fed into it (fresh pictures or stored features, all of them or a fold, a share of them in each
+of several processes) is decided before it, in `train_once`.
+
+    python train.py --backbone mobileone_s3                       # the demo cohort, made first if it is not there
+    python train.py --backbone mobileone_s3 --data data/golestan --repeats 5
+    python train.py --backbone article --data data/golestan       # Table 1; then: python evaluate.py runs/golestan
+    python train.py --backbone convnext_nano pixels --data data/golestan --folds 5
+    python train.py --backbone mobileone_s3 --data data/golestan --tune 8
+    torchrun --nproc-per-node 4 train.py --backbone convnext_large --data data/golestan --finetune all
+
+Under torchrun every process takes its share of each batch and gradients are averaged, so that W processes with batch
+size B take the steps of one process with batch size W x B - but for batch statistics: a batch norm that is being
+trained sees the share of its own process only, and process 0's running statistics are the ones that are saved.
+"""
+
+import argparse
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter, defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import huggingface_hub
+import matplotlib
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from scipy.ndimage import gaussian_filter1d
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import deeplcms
+from convert import HelpFormatter, Problem, run_script, whole_file
+from deeplcms import Classifier, Pictures, choose_device, load_checkpoint, loss_of, metrics_of, probabilities_of
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
+ARTICLE = """
+    mobileone_s3.apple_in1k densenet169.tv_in1k mobilevitv2_150.cvnets_in22k_ft_in1k_384 convnext_nano.in12k_ft_in1k
+    repvit_m3.dist_in1k cait_xxs24_224.fb_dist_in1k repvgg_a1.rvgg_in1k efficientformer_l1.snap_dist_in1k
+    hrnet_w18_small.gluon_in1k gmlp_s16_224.ra3_in1k fastvit_sa12.apple_dist_in1k lambda_resnet26t.c1_in1k
+    efficientvit_m5.r224_in1k eca_resnext26ts.ch_in1k ghostnetv2_160.in1k nf_regnet_b1.ra2_in1k
+    coatnet_nano_rw_224.sw_in1k legacy_seresnet18.in1k haloregnetz_b.ra3_in1k xcit_tiny_24_p8_384.fb_dist_in1k
+    resmlp_12_224.fb_distilled_in1k gcvit_xxtiny.in1k resnest14d.gluon_in1k edgenext_base.in21k_ft_in1k
+    maxvit_nano_rw_256.sw_in1k coat_mini.in1k tf_efficientnetv2_b2.in1k fbnetv3_d.ra2_in1k rexnet_200.nav_in1k
+    mixnet_xl.ra_in1k""".split()
+
+# What takes the place of the defaults when no --data is given, so that two CPU cores need minutes, not hours. In so few
+# and small batches MobileOne's loss has no descent yet that a range test could find: the rate is given. The whole
+# network is trained, with pretrained weights too: what was measured to work with and without a network.
+DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 20, "lr": 0.03, "erase": 0.0, "finetune": "all"}
+
+OPTIMIZERS = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adamax": torch.optim.Adamax,
+    "rmsprop": torch.optim.RMSprop,
+}
+SCHEDULERS = ("cosine", "plateau")
+DRAW_SEED = 2643  # of stored views: apart from --seed, so that repeats, folds and trials share them
+
+# ---------------------------------------------------------------- the processes of torchrun
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text):
+    if RANK == 0:
+        tqdm.write(text)
+        sys.stdout.flush()  # into a log file too, line by line
+
+
+def gathered(value):
+    """The list of every process's value, in every process."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ---------------------------------------------------------------- weights
+
+
+def offline_if_unreachable():
+    """One quick question to the Hub of pretrained weights; without an answer only its local cache is used."""
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def build_model(args, backbone, n_classes):
+    """(model, where its weights come from, whether the backbone is frozen) as --weights and --finetune ask."""
+    # In a sweep --grid is meant for the networks; the pixels keep the grid of their own.
+    grid = None if backbone == "pixels" and (args.demo or args.sweep) else args.grid
+    options = {"grid": grid, "image_size": args.image_size}
+    if backbone == "pixels":
+        return Classifier(backbone, n_classes, **options).freeze(), "no network", True  # nothing but a head to train
+    if args.weights in ("auto", "pretrained"):
+        offline_if_unreachable()
+        try:
+            model = Classifier(backbone, n_classes, pretrained=True, **options)
+            source = timm.get_pretrained_cfg(backbone)
+            origin = f"pretrained ({source.hf_hub_id or backbone})"
+        except Problem:
+            raise
+        except Exception as error:  # the Hub, its cache and timm each have their own exceptions
+            if args.weights == "pretrained":
+                raise Problem(
+                    f"--weights pretrained: no weights of {backbone} on the Hub or in its cache "
+                    f"({type(error).__name__}); connect to the network once, or give --weights FILE or random"
+                ) from None
+            say(
+                f"warning: no pretrained weights of {backbone} could be had ({type(error).__name__}): "
+                "random initialisation, and the whole network is trained"
+            )
+            model, origin = Classifier(backbone, n_classes, **options), "random initialisation"
+    else:
+        model, origin = Classifier(backbone, n_classes, **options), "random initialisation"
+        if args.weights != "random":
+            load_weights(model, args.weights)
+            origin = f"file {args.weights}"
+    frozen = (args.finetune or ("all" if origin == "random initialisation" else "head")) == "head"
+    return model.freeze() if frozen else model, origin, frozen
+
+
+def load_weights(model, path):
+    """Load a backbone from a state dict (.pt, .safetensors) or from the best.pt of another run; drop its classifier."""
+    if str(path).endswith(".safetensors"):
+        import safetensors.torch
+
+        try:
+            state = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise Problem(f"--weights {path}: {error}", 2) from None
+    else:
+        state = load_checkpoint(path)
+    state = state.get("model", state.get("state_dict", state))
+    if any(name.startswith("backbone.") for name in state):
+        state = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    own = model.backbone.state_dict()
+    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    if wrong:
+        raise Problem(
+            f"--weights {path}: {len(wrong)} of {len(own)} tensors of this backbone are missing or of another shape, "
+            f"{wrong[0]} first: is it the same --backbone?",
+            2,
+        )
+    model.backbone.load_state_dict({name: state[name] for name in own})
+
+
+# ---------------------------------------------------------------- batches, fresh or stored
+
+
+class EpochBatches:
+    """Batches of (picture, draw) for the epoch in `.epoch`: shuffled, nearly equal in size, shared by the processes.
+
+    Order and draws follow from seed and epoch alone, so a restart needs no memory of the past. With `views` = K the
+    draws repeat after K epochs. A batch is never a leftover of one, which batch norm could not standardise.
+    """
+
+    def __init__(self, n, batch_size, seed, views=0):
+        self.n, self.seed, self.views, self.epoch = n, seed, views, 0
+        self.n_batches = max(1, math.ceil(n / (batch_size * WORLD)))
+
+    def __len__(self):
+        return self.n_batches
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        draw = self.epoch % self.views if self.views else self.epoch
+        for batch in torch.tensor_split(torch.randperm(self.n, generator=generator), self.n_batches):
+            yield [(i, draw) for i in batch[RANK::WORLD].tolist()]
+
+
+class StoredFeatures(Dataset):
+    """Pooled features (draws, N, F) in place of pictures. Item (i, draw): (features (F,), class index)."""
+
+    def __init__(self, features, labels):
+        self.features, self.labels = features, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        i, draw = key if isinstance(key, tuple) else (key, 0)
+        return self.features[draw, i], self.labels[i]
+
+
+class AllDraws(Dataset):
+    """Draws 0 ... K-1 of each picture (K, 3, size, size): decoded once for all of them."""
+
+    def __init__(self, pictures, n_draws):
+        self.pictures, self.n_draws = pictures, n_draws
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        return self.pictures.draws(i, range(self.n_draws))
+
+
+def stored_features(model, pictures, pool, n_draws, what, args, device):
+    """The pooled features of a frozen backbone in place of `pictures` (a Pictures), n_draws random draws of each.
+
+    They are extracted for every picture of `pool` and kept in a file whose name is a digest of all that changes them:
+    pictures, transform, draws, weights, grid and versions. A file that is there is used again.
+    """
+    everything = Pictures(pool, [], pictures.transform, pictures.seed)
+    digest = hashlib.sha256()
+    for picture in pool:
+        digest.update(picture.path.name.encode() + picture.path.read_bytes())
+    for name, tensor in model.backbone.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    kind = (type(model.backbone).__name__, model.image_size, model.grid, pictures.seed, n_draws, args.amp, str(device))
+    digest.update(repr((kind, torch.__version__, timm.__version__, pictures.transform)).encode())
+    path = Path(args.out) / "features" / f"{digest.hexdigest()[:32]}.pt"
+    features = None
+    if path.exists():
+        try:
+            features = torch.load(path, weights_only=True, mmap=True)
+            say(f"stored features of {len(pool)} {what} pictures x {n_draws} draws: {path}")
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError):
+            say(f"{path} is damaged and made again")
+    if features is None:
+        size = 4 * n_draws * len(pool) * model.head.in_features / 1e6
+        say(f"extracting features of {len(pool)} {what} pictures x {n_draws} draws: {size:.1f} MB in {path}")
+        loader = DataLoader(AllDraws(everything, n_draws), max(1, args.batch_size // n_draws), num_workers=args.workers)
+        features = []
+        model.eval()
+        with torch.inference_mode():
+            for draws in progress(loader, "extracting"):
+                with autocast(args, device):
+                    batch = model.features(draws.flatten(0, 1).to(device))
+                features.append(batch.float().cpu().unflatten(0, draws.shape[:2]))
+        features = torch.cat(features).transpose(0, 1).contiguous()  # (n_draws, N, F)
+        if RANK == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            deeplcms.save_checkpoint(path, features)
+    row = {picture.path: i for i, picture in enumerate(pool)}
+    return StoredFeatures(features[:, [row[picture.path] for picture in pictures.pictures]], pictures.labels)
+
+
+def make_loaders(model, train, val, classes, views, args, device):
+    """{"train", "val"} data loaders of pictures, or with views = K of stored features; the loop does not see which.
+
+    train and val: lists of Picture. Fits the standardisation of a frozen backbone on draw 0 of the training pictures.
+    """
+    recipe = train[0].recipe
+    augmented = deeplcms.training_transform(
+        model.image_size, model.mean, model.std, recipe.zero_colour(), args.rotate, args.color_jitter, args.erase
+    )
+    plain = deeplcms.evaluation_transform(model.image_size, model.mean, model.std)
+    train_set = Pictures(train, classes, augmented, DRAW_SEED if views else args.seed)
+    val_set = Pictures(val, classes, plain)
+    if views:
+        # All folds share the features of all pictures.
+        pool = sorted(train + val, key=lambda p: str(p.path)) if args.folds else None
+        train_set = stored_features(model, train_set, pool or train, views, "training", args, device)
+        held_out = [p for p in pool if not p.is_copy] if pool else val
+        val_set = stored_features(model, val_set, held_out, 1, "validation", args, device)
+    options = {"num_workers": 0 if views else args.workers, "pin_memory": device.type == "cuda"}
+    options["persistent_workers"] = options["num_workers"] > 0
+    mine = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD))
+    loaders = {
+        "train": DataLoader(
+            train_set, batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed, views), **options
+        ),
+        "val": DataLoader(mine, max(args.batch_size, 32), **options),
+    }
+    if model.frozen:
+        everything = DataLoader(train_set, 32, num_workers=options["num_workers"])
+        model.fit_standardize(
+            x if x.ndim == 2 else model.features(x.to(device)) for x, _ in progress(everything, "standardising")
+        )
+    return loaders
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def progress(batches, title):
+    return tqdm(batches, desc=title, unit="batch", leave=False, disable=None if RANK == 0 else True)
+
+
+def autocast(args, device):
+    """Mixed precision: float16 on CUDA (default there), bfloat16 on the CPU with --amp."""
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=args.amp)
+
+
+def make_optimizer(model, args, lr):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return OPTIMIZERS[args.optimizer](trained, lr=lr, weight_decay=args.weight_decay)
+
+
+def make_scheduler(optimizer, args):
+    if args.scheduler == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=max(1, args.patience // 3))
+
+
+def train_batch(model, optimizer, scaler, x, y, args, device):
+    """One step of gradient descent. Returns (summed loss of the whole batch, logits and labels of this process)."""
+    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    optimizer.zero_grad()
+    with autocast(args, device):
+        logits = model(x)
+    loss = loss_of(logits.float(), y, reduction="sum")
+    n = len(y)
+    if WORLD > 1:
+        total = torch.tensor([float(n), loss.item()], device=device)
+        dist.all_reduce(total)
+        n = total[0].item()
+    scaler.scale(loss / n).backward()
+    if WORLD > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+    scaler.step(optimizer)
+    scaler.update()
+    return (total[1].item() if WORLD > 1 else loss.item()), logits.detach().float().cpu(), y.cpu()
+
+
+def validate(model, loader, args, device):
+    """(loss, metrics) of the whole validation set, each process having seen its share."""
+    with autocast(args, device):
+        logits, labels = deeplcms.predict(model, loader, device)
+    parts = gathered((logits, labels))
+    logits, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return loss_of(logits, labels).item(), metrics_of(labels, probabilities_of(logits))
+
+
+def fit(model, loaders, args, device, lr, run=None, facts=None, start=None, after_epoch=lambda row: None):
+    """The training loop: epochs of batches, validation, schedule, early stopping, checkpoints. Returns its history.
+
+    run: folder for best.pt, last.pt, epochs.csv (None: nothing is written); facts: what the checkpoints hold besides
+    weights; start: contents of a last.pt to go on from. The best epoch is the one of lowest validation loss.
+    """
+    optimizer = make_optimizer(model, args, lr)
+    scheduler = make_scheduler(optimizer, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
+    history, best_weights = [], None
+    if start:
+        model.load_state_dict(start["model"], strict=not model.frozen)
+        best_weights = start["best_weights"]
+        optimizer.load_state_dict(start["optimizer"])
+        scheduler.load_state_dict(start["scheduler"])
+        scaler.load_state_dict(start["scaler"])
+        history = start["history"]
+
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        best = min(history, key=lambda row: row["val_loss"], default=None)
+        if best and epoch - 1 - best["epoch"] >= args.patience:
+            say(f"no better validation loss for {args.patience} epochs: stopped")
+            break
+        began = time.time()
+        torch.manual_seed(args.seed * 1_000_003 + epoch)  # dropout and the like
+        loaders["train"].batch_sampler.epoch = epoch - 1
+        model.train()
+        total, logits, labels = 0.0, [], []
+        bar = progress(loaders["train"], f"epoch {epoch}/{args.epochs}")
+        for x, y in bar:
+            loss, batch_logits, batch_labels = train_batch(model, optimizer, scaler, x, y, args, device)
+            total += loss
+            logits.append(batch_logits)
+            labels.append(batch_labels)
+            bar.set_postfix(loss=f"{loss / (len(y) * WORLD):.3f}")
+        parts = gathered((torch.cat(logits), torch.cat(labels)))
+        logits, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        train_loss = total / len(labels)
+        val_loss, val = validate(model, loaders["val"], args, device)
+        if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+            kept = f"; the last good epoch is in {run}/last.pt" if run and history else ""
+            raise Problem(f"the loss became {train_loss} in epoch {epoch}: try a lower --lr than {lr:.2g}{kept}")
+        row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss}
+        row["train_accuracy"] = metrics_of(labels, probabilities_of(logits))["accuracy"]
+        row |= {f"val_{name}": val[name] for name in ("accuracy", "precision", "recall", "f1", "roc_auc")}
+        row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
+        history.append(row)
+        scheduler.step(*([val_loss] if args.scheduler == "plateau" else []))
+        improved = best is None or val_loss < best["val_loss"]
+        if run and RANK == 0:
+            # best.pt before last.pt: killed in between, the epoch is run again and best.pt written again, the same.
+            if improved and not model.frozen:
+                save_best(run, model, facts, row)
+            elif improved:  # an epoch on stored features is shorter than writing a backbone: that follows at the end
+                best_weights = copy.deepcopy(trained_weights(model))
+            states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+            states = {name: part.state_dict() for name, part in states.items()}
+            states |= {"model": trained_weights(model), "best_weights": best_weights, "history": history}
+            deeplcms.save_checkpoint(run / "last.pt", states)
+            write_history(run, history)
+        say(
+            f"epoch {epoch:3d}/{args.epochs}  train loss {train_loss:.3f}  validation loss {val_loss:.3f}  "
+            f"accuracy {val['accuracy']:.3f}  F1 {val['f1']:.3f}  AUC {val['roc_auc']:.3f}  {row['seconds']:.1f} s"
+            + ("  *" if improved else "")
+        )
+        after_epoch(row)
+    if run and RANK == 0 and model.frozen:
+        model.load_state_dict(best_weights, strict=False)
+        save_best(run, model, facts, min(history, key=lambda row: row["val_loss"]))
+    return history
+
+
+def trained_weights(model):
+    """The part of the state that training changes: all of it, or what is not the backbone of a frozen one."""
+    state = model.state_dict()
+    return {name: t for name, t in state.items() if not (model.frozen and name.startswith("backbone."))}
+
+
+def save_best(run, model, facts, row):
+    val = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
+    deeplcms.save_checkpoint(run / "best.pt", facts | {"model": model.state_dict(), "epoch": row["epoch"], "val": val})
+
+
+# ---------------------------------------------------------------- learning-rate range test
+
+
+def find_lr(model, loader, args, device, run=None):
+    """Learning rate of steepest descent (Smith 2017, arXiv:1506.01186); leaves everything else as it was.
+
+    The rate grows geometrically from 1e-7 to 1 over 100 batches, until the running mean of the loss exceeds
+    four times its best. Writes lr_find.csv and lr_find.png into `run`. Where the loss never falls the answer is 1e-3.
+    """
+    before = copy.deepcopy(model.state_dict())
+    rates = np.geomspace(1e-7, 1, 100)
+    optimizer = make_optimizer(model, args, rates[0])
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
+    losses, means, average = [], [], 0.0
+    model.train()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), progress(rates, "learning-rate range test") as bar:
+        torch.manual_seed(args.seed)
+        batches = endless(loader)
+        for i, rate in enumerate(bar):
+            optimizer.param_groups[0]["lr"] = rate
+            x, y = next(batches)
+            loss, logits, _ = train_batch(model, optimizer, scaler, x, y, args, device)
+            losses.append(loss / (len(logits) * WORLD))
+            average = 0.8 * average + 0.2 * losses[-1]
+            means.append(average / (1 - 0.8 ** (i + 1)))  # corrected for its start at 0, as Adam does
+            bar.set_postfix(lr=f"{rate:.1e}", loss=f"{means[-1]:.3f}")
+            if not math.isfinite(losses[-1]) or means[-1] > 4 * min(means):
+                break
+    model.load_state_dict(before)
+    model.zero_grad(set_to_none=True)
+    lr, smooth = suggest_lr(rates, losses)
+    if run and RANK == 0:
+        with whole_file(run / "lr_find.csv") as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([("lr", "loss", "smoothed_loss"), *zip(rates, losses, smooth, strict=False)])
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        axes.plot(rates[: len(losses)], losses, color="0.8", label="loss of the batch")
+        axes.plot(rates[: len(smooth)], smooth, label="smoothed")
+        label = f"steepest descent: {lr:.2g}" if lr else "no descent: 1e-3 is taken"
+        axes.axvline(lr or 1e-3, color="tab:red", linestyle="--", label=label)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Learning-rate range test")
+        axes.set_ylim(0, 4 * losses[0])
+        axes.legend(loc="upper left")
+        save_figure(figure, run / "lr_find.png")
+    if lr is None:
+        say("learning-rate range test: the loss does not fall at any rate; 1e-3 is taken")
+        return 1e-3
+    say(f"learning-rate range test: {lr:.2g} (steepest descent)")
+    return lr
+
+
+def suggest_lr(rates, losses):
+    """(rate at which the smoothed loss falls fastest along log(rate), or None if it never falls; the smoothed loss).
+
+    Smoothed with a Gaussian of half a decade: centred, for a running mean lags behind and suggests too high a rate.
+    """
+    losses = np.array([loss for loss in losses if math.isfinite(loss)])
+    per_decade = (len(rates) - 1) / math.log10(rates[-1] / rates[0])
+    smooth = gaussian_filter1d(losses, per_decade / 2, mode="nearest")
+    lowest = int(smooth.argmin())
+    if lowest == 0 or smooth[0] - smooth[lowest] < 0.02 * smooth[0]:
+        return None, smooth
+    return float(rates[np.gradient(smooth)[: lowest + 1].argmin()]), smooth
+
+
+def endless(loader):
+    epoch = 0
+    while True:
+        loader.batch_sampler.epoch = epoch
+        yield from loader
+        epoch += 1
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+def save_figure(figure, path):
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+def write_history(run, history):
+    with whole_file(run / "epochs.csv") as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, history[0])
+        table.writeheader()
+        table.writerows(history)
+
+
+def draw_curves(run, history, title):
+    epochs = [row["epoch"] for row in history]
+    best = min(history, key=lambda row: row["val_loss"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
+        left.plot(epochs, [row[name] for row in history], marker=".", label=label)
+    for name, label in (("val_accuracy", "accuracy"), ("val_f1", "F1"), ("val_roc_auc", "ROC AUC")):
+        right.plot(epochs, [row[name] for row in history], marker=".", label=label)
+    for axes in (left, right):
+        axes.axvline(best["epoch"], color="0.6", linestyle="--", label=f"best epoch ({best['epoch']})")
+        axes.set_xlabel("epoch")
+        axes.legend()
+    left.set(ylabel="loss", ylim=(0, None), title="Loss")
+    right.set(ylim=(0, 1.02), title="Validation")
+    figure.suptitle(title)
+    save_figure(figure, run / "curves.png")
+
+
+def draw_transformed(run, pictures, classes, model, args):
+    """Article, Figure 4: training pictures as the network sees them, draw 0."""
+    transform = deeplcms.training_transform(
+        model.image_size,
+        model.mean,
+        model.std,
+        pictures[0].recipe.zero_colour(),
+        args.rotate,
+        args.color_jitter,
+        args.erase,
+    )
+    shown = pictures[:: max(1, len(pictures) // 9)][:9]
+    data = Pictures(shown, classes, transform, args.seed)
+    figure, grid = plt.subplots(3, 3, figsize=(8, 8.6), layout="constrained")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, picture, (x, _) in zip(grid.flat, shown, data, strict=False):
+        image = x.permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
+        axes.imshow(image.clip(0, 1))
+        axes.set_title(f"{picture.sample_name[:24]} ({picture.phenotype})", fontsize=9)
+    figure.suptitle("Training pictures as the network sees them")
+    save_figure(figure, run / "transformed_grid.png")
+
+
+# ---------------------------------------------------------------- one training
+
+
+def describe(args, backbone, fold):
+    """The settings that make two trainings the same one; config.json holds them and a sweep compares them."""
+    names = """grid image_size epochs patience batch_size lr optimizer scheduler weights finetune rotate
+        weight_decay color_jitter erase views folds seed positive shuffle_labels amp""".split()
+    return {"backbone": backbone, "fold": fold, "data": str(args.data)} | {name: getattr(args, name) for name in names}
+
+
+def run_folder(args, backbone, fold, settings):
+    """(folder, config or None). In a sweep a training that has the same settings is gone on with, or is finished."""
+    base = Path(args.out) / Path(args.data).resolve().name / backbone / f"seed{args.seed}"
+    suffix = ("-shuffled" if args.shuffle_labels else "") + (f"-fold{fold}" if fold is not None else "")
+    base = base.with_name(base.name + suffix)
+    number = 1
+    while True:
+        run = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        config = read_config(run) if args.sweep else None
+        if config and config["settings"] == settings:
+            return run, config
+        if RANK == 0:
+            try:
+                run.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+                continue
+        return run, None
+
+
+def read_config(run):
+    try:
+        return json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def shuffled_labels(pictures, seed):
+    """The control: phenotypes dealt out anew among the samples, copies following their parent. Changes `pictures`."""
+    parents = sorted({(p.sample_name, p.phenotype) for p in pictures})
+    deal = np.random.default_rng(seed).permutation(len(parents))
+    phenotypes = {name: parents[j][1] for (name, _), j in zip(parents, deal, strict=True)}
+    for picture in pictures:
+        picture.phenotype = phenotypes[picture.sample_name]
+
+
+def fold_of(pictures, n_folds, seed):
+    """{sample name: fold}: stratified by phenotype, a group (or a sample and its copies) never torn apart."""
+    groups = defaultdict(set)
+    for picture in pictures:
+        groups[picture.group or picture.sample_name].add((picture.sample_name, picture.phenotype))
+    names = sorted(groups)
+    np.random.default_rng(seed).shuffle(names)
+    filled = [Counter() for _ in range(n_folds)]
+    folds = {}
+    for name in sorted(names, key=lambda name: -len(groups[name])):
+        members = Counter(phenotype for _, phenotype in groups[name])
+        fold = min(range(n_folds), key=lambda k: (sum(filled[k][p] for p in members), sum(filled[k].values())))
+        filled[fold] += members
+        folds |= {sample: fold for sample, _ in groups[name]}
+    return folds
+
+
+def split_pictures(args, fold=None):
+    """(training pictures, validation pictures, classes) of args.data, or of one fold of both together."""
+    pictures = deeplcms.find_pictures(args.data, ("train", "val"))
+    classes = deeplcms.classes_of(pictures, args.positive)
+    train, val = pictures["train"], [p for p in pictures["val"] if not p.is_copy]
+    if args.shuffle_labels:
+        for part in (train, val):
+            shuffled_labels(part, args.seed)
+    if fold is not None:
+        folds = fold_of(train + val, args.folds, args.seed)
+        everything = train + val
+        train = [p for p in everything if folds[p.sample_name] != fold]
+        val = [p for p in everything if folds[p.sample_name] == fold and not p.is_copy]
+        if len({p.phenotype for p in val}) < len(classes) or len({p.phenotype for p in train}) < len(classes):
+            raise Problem(f"--folds {args.folds}: a fold has no run of some phenotype; use fewer folds", 2)
+    if len(train) < 2 * WORLD or len(val) < WORLD:
+        raise Problem(f"{len(train)} training and {len(val)} validation pictures are too few for {WORLD} processes", 2)
+    return train, val, classes
+
+
+def train_once(args, backbone, fold=None):
+    """One training from pictures to checkpoints; returns (run folder, config). The output of `python train.py`."""
+    settings = describe(args, backbone, fold)
+    run, config = (
+        (Path(args.resume), read_config(Path(args.resume)))
+        if args.resume
+        else run_folder(args, backbone, fold, settings)
+    )
+    if config and config.get("status") == "finished":
+        say(f"{run} is finished already")
+        return run, config
+    try:
+        return run, train_in(run, args, backbone, fold, settings)
+    except Problem:
+        if RANK == 0 and run.is_dir() and not any(run.iterdir()):
+            run.rmdir()  # a training that never began leaves no folder
+        raise
+
+
+def train_in(run, args, backbone, fold, settings):
+    began, device = time.time(), choose_device()
+    train, val, classes = split_pictures(args, fold)
+    torch.manual_seed(args.seed)
+    model, origin, frozen = build_model(args, backbone, len(classes))
+    model.to(device)
+    if args.views == "auto":
+        views = 4 if frozen else 0
+        if frozen:
+            say("--views auto: the backbone is frozen, so 4 draws of each picture are run through it once and stored")
+    else:
+        views = args.views
+    if views and not frozen:
+        raise Problem("--views stores the features of a frozen backbone; this one is trained: use --finetune head", 2)
+    originals = [picture for picture in train if not picture.is_copy]
+    statistics = ("total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high")
+    config = {
+        "settings": settings,
+        "backbone": backbone,
+        "data": str(args.data),
+        "data_set": Path(args.data).resolve().name,
+        "seed": args.seed,
+        "fold": fold,
+        "grid": model.grid,
+        "image_size": model.image_size,
+        "weights_origin": origin,
+        "finetune": "head" if frozen else "all",
+        "views": views,
+        "shuffle_labels": args.shuffle_labels,
+        "classes": classes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "pictures": {"train": len(train), "val": len(val)},
+        "device": str(device),
+    } | {name: getattr(args, name) for name in ("epochs", "batch_size", "optimizer", "scheduler", "weights")}
+    say(
+        f"{backbone} ({origin}, {config['finetune']} trained, {config['trained_parameters']:,} of "
+        f"{config['parameters']:,} parameters), grid {model.grid}, {model.image_size} x {model.image_size} pictures: "
+        f"{len(train)} for training, {len(val)} for validation, classes {', '.join(classes)}"
+    )
+    before = read_config(run) or {}
+    if RANK == 0:
+        deeplcms.write_json(run / "config.json", before or config)
+        draw_transformed(run, originals, classes, model, args)
+    loaders = make_loaders(model, train, val, classes, views, args, device)
+    if args.lr == "auto":
+        lr = before.get("lr") or find_lr(model, loaders["train"], args, device, run)
+    else:
+        lr = args.lr
+    config |= {"lr": lr, "lr_from": "auto" if args.lr == "auto" else "given"}
+    if RANK == 0:
+        deeplcms.write_json(run / "config.json", config)
+    facts = {
+        "backbone": backbone,
+        "classes": classes,
+        "grid": model.grid,
+        "image_size": model.image_size,
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "recipe": train[0].recipe.to_text(),
+        "config": config,
+        "cohort": {s: [float(p.text[s]) for p in originals if s in p.text] for s in statistics},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+    }
+    start = load_checkpoint(run / "last.pt") if (run / "last.pt").exists() else None
+    history = fit(model, loaders, args, device, lr, run, facts, start)
+    best = min(history, key=lambda row: row["val_loss"])
+    config |= {"status": "finished", "best_epoch": best["epoch"], "best_val_loss": best["val_loss"], "best": best}
+    config["seconds"] = round(sum(row["seconds"] for row in history), 1)
+    config["total_seconds"] = round(time.time() - began, 1)
+    if RANK == 0:
+        write_history(run, history)
+        draw_curves(run, history, f"{backbone}, {origin}" + (", shuffled labels" if args.shuffle_labels else ""))
+        deeplcms.write_json(run / "config.json", config)
+    say(
+        f"best epoch {best['epoch']}: validation loss {best['val_loss']:.3f}, accuracy {best['val_accuracy']:.3f}, "
+        f"F1 {best['val_f1']:.3f}\nrun folder: {run}"
+    )
+    return config
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def tune(args, backbone):
+    """Optuna over optimizer x scheduler (article, "Hyperparameter optimisation"), best validation loss as objective.
+
+    The first eight trials are the eight combinations; later ones are the sampler's. Trials are pruned at the median,
+    share the stored features of a frozen backbone, and write no checkpoints: the command printed at the end does.
+    """
+    import optuna
+    import optuna.visualization.matplotlib as draw
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    device = choose_device()
+    train, val, classes = split_pictures(args)
+    torch.manual_seed(args.seed)
+    model, origin, frozen = build_model(args, backbone, len(classes))
+    model.to(device)
+    views = (4 if frozen else 0) if args.views == "auto" else args.views
+    loaders = make_loaders(model, train, val, classes, views, args, device)
+    fresh = copy.deepcopy(model.state_dict())
+
+    folder = Path(args.out) / Path(args.data).resolve().name / backbone / "tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = args.storage or f"sqlite:///{folder}/study.db"
+    space = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
+    study = optuna.create_study(
+        study_name=f"{Path(args.data).resolve().name}-{backbone}-seed{args.seed}",
+        storage=storage,
+        load_if_exists=True,
+        direction="minimize",
+        sampler=optuna.samplers.TPESampler(seed=args.seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5)),
+    )
+    for name in space["optimizer"]:
+        for scheduler in space["scheduler"]:
+            study.enqueue_trial({"optimizer": name, "scheduler": scheduler}, skip_if_exists=True)
+
+    def objective(trial):
+        trial_args = copy.copy(args)
+        trial_args.optimizer = trial.suggest_categorical("optimizer", space["optimizer"])
+        trial_args.scheduler = trial.suggest_categorical("scheduler", space["scheduler"])
+        model.load_state_dict(fresh)
+        lr = find_lr(model, loaders["train"], trial_args, device) if args.lr == "auto" else args.lr
+        trial.set_user_attr("lr", lr)
+        say(f"trial {trial.number}: {trial_args.optimizer}, {trial_args.scheduler}, learning rate {lr:.2g}")
+
+        def report(row):
+            trial.report(row["val_loss"], row["epoch"])
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        history = fit(model, loaders, trial_args, device, lr, after_epoch=report)
+        return min(row["val_loss"] for row in history)
+
+    done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    limit = optuna.study.MaxTrialsCallback(args.tune, states=done)
+    if len(study.get_trials(states=done)) < args.tune:
+        study.optimize(objective, callbacks=[limit], catch=(Problem,))
+    with whole_file(folder / "trials.csv") as temporary:
+        study.trials_dataframe().to_csv(temporary, index=False)
+    importance = optuna.importance.PedAnovaImportanceEvaluator()
+    figures = {
+        "history": lambda: draw.plot_optimization_history(study),
+        "importances": lambda: draw.plot_param_importances(study, evaluator=importance),
+        "parallel_coordinates": lambda: draw.plot_parallel_coordinate(study),
+    }
+    for name, plot in figures.items():
+        try:
+            figure = plot().figure
+            figure.set_layout_engine("tight")
+            save_figure(figure, folder / f"{name}.png")
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few finished trials to say anything
+            say(f"{name}.png is left out: {error}")
+    best = study.best_trial
+    say(
+        f"{len(study.trials)} trials in {folder}; best validation loss {best.value:.3f}, trial {best.number}. Train it:"
+    )
+    say(
+        f"  python train.py --backbone {backbone} --data {args.data} --optimizer {best.params['optimizer']} "
+        f"--scheduler {best.params['scheduler']} --lr {best.user_attrs['lr']:.3g}"
+    )
+
+
+# ---------------------------------------------------------------- command line
+
+
+def expand_backbones(names, params):
+    """Names, patterns and 'article' -> model names; patterns keep those within `params` million parameters."""
+    chosen = []
+    for name in names:
+        if name == "article":
+            chosen += ARTICLE
+        elif any(letter in name for letter in "*?["):
+            matches = timm.list_models(name)
+            if params:
+                with torch.device("meta"):
+                    sizes = {m: sum(p.numel() for p in timm.create_model(m).parameters()) / 1e6 for m in matches}
+                matches = [m for m, size in sizes.items() if params[0] <= size <= params[1]]
+            if not matches:
+                raise Problem(
+                    f"--backbone {name!r} matches no timm model" + (f" of {params} M parameters" if params else ""), 2
+                )
+            chosen += matches
+        else:
+            deeplcms.check_backbone(name)
+            chosen.append(name)
+    return list(dict.fromkeys(chosen))
+
+
+def lr_or_auto(text):
+    return text if text == "auto" else positive(float)(text)
+
+
+def views_or_auto(text):
+    return text if text == "auto" else int(text)
+
+
+def positive(kind):
+    def parse(text):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return value
+
+    return parse
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("what to train").add_argument
+    names = "timm names, patterns such as 'convnext*', 'article' (Table 1), or 'pixels' (no network: the baseline)"
+    add("--backbone", nargs="+", metavar="NAME", help=names)
+    add(
+        "--params",
+        nargs=2,
+        type=float,
+        metavar=("MIN", "MAX"),
+        help="keep pattern matches of MIN-MAX million parameters",
+    )
+    add("--data", metavar="DIR", help="data set of convert.py (without it: the demo, at settings of its own)")
+    weights = "auto: pretrained, or random where the Hub cannot be reached; FILE: a state dict or a best.pt"
+    add("--weights", default="auto", metavar="auto|pretrained|random|FILE", help=weights)
+    add(
+        "--finetune", choices=["head", "all"], help="what is trained (default: head with weights, all with random ones)"
+    )
+    add("--grid", type=positive(int), metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
+    add("--image-size", type=positive(int), metavar="N", help="pixels a side (default: what the backbone was made for)")
+    add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive(int), default=50, help="at most")
+    add("--patience", type=positive(int), default=10, help="stop after so many without a better validation loss")
+    add("--batch-size", type=positive(int), default=32, help="pictures a step, of each process")
+    add("--lr", type=lr_or_auto, default="auto", help="learning rate, or auto: range test")
+    add("--optimizer", choices=list(OPTIMIZERS), default="adamax", help="the article's best is adamax")
+    add("--scheduler", choices=SCHEDULERS, default="cosine", help="the article's best is cosine")
+    add("--weight-decay", type=float, default=2e-5, help="L2 penalty (adamw: decoupled)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
+    add = parser.add_argument_group("augmentation of training pictures").add_argument
+    add("--rotate", type=float, default=5.0, metavar="DEGREES", help="largest rotation")
+    add("--color-jitter", type=float, default=0.25, help="strength of brightness, contrast and saturation changes")
+    add("--erase", type=float, default=1.0, metavar="P", help="probability of erasing a rectangle")
+    views = "frozen backbone: store the features of K draws of each picture (auto: 4); 0: fresh draws every epoch"
+    add("--views", type=views_or_auto, default="auto", metavar="auto|K", help=views)
+    add = parser.add_argument_group("experiments").add_argument
+    add("--repeats", type=positive(int), default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
+    add("--folds", type=int, default=0, metavar="K", help="cross-validation over training and validation together")
+    add("--tune", type=int, default=0, metavar="N", help="Optuna trials over optimizer x scheduler")
+    add("--storage", metavar="URL", help="Optuna database that several processes share (default: in the tune folder)")
+    add("--shuffle-labels", action="store_true", help="control: must fall to chance")
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--seed", type=int, default=2643, help="of initial weights, order and draws")
+    add("--workers", type=int, default=default_workers(), help="processes that load pictures")
+    add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
+    add("--resume", metavar="RUN", help="go on with a training that was interrupted")
+    return parser
+
+
+def default_workers():
+    """Loader processes: with a GPU all cores can load; on a CPU the network needs most of them."""
+    return min(16, os.cpu_count() or 1) if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 4)
+
+
+def parse_arguments(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    demo = not args.data and not args.resume
+    if args.resume:
+        config = read_config(Path(args.resume))
+        if not config or "settings" not in config:
+            raise Problem(f"--resume {args.resume}: no config.json of train.py in this folder", 2)
+        resumed = config["settings"]
+        for name in vars(args).keys() & resumed.keys() - {"backbone"}:
+            setattr(args, name, resumed[name])
+        args.backbone, args.resume_fold = [resumed["backbone"]], resumed["fold"]
+    elif not args.backbone:
+        raise Problem("needs --backbone (try: --backbone mobileone_s3) or --resume", 2)
+    if demo:
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
+        args.data = "demo"
+    args.demo = demo
+    args.amp = torch.cuda.is_available() if args.amp is None else args.amp
+    if args.folds == 1 or args.folds < 0 or args.workers < 0 or args.tune < 0:
+        raise Problem("--folds must be 0 or at least 2; --workers and --tune 0 or more", 2)
+    if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():
+        raise Problem(f"--weights {args.weights}: no such file (nor auto, pretrained or random)", 2)
+    return args
+
+
+def main():
+    args = parse_arguments()
+    backbones = expand_backbones(args.backbone, args.params)
+    folds = [None] if not args.folds else list(range(args.folds))
+    seeds = range(args.seed, args.seed + args.repeats)
+    args.sweep = len(backbones) * len(folds) * len(seeds) > 1
+    if WORLD > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if args.demo:
+        given = ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in DEMO)
+        say(f"no --data: the demo cohort, at settings that two CPU cores can manage ({given})")
+        if RANK == 0 and not (Path(args.data) / "samples.csv").exists():
+            subprocess.run([sys.executable, Path(__file__).with_name("convert.py"), "--demo", args.data], check=True)
+        gathered(None)  # the others wait for the cohort
+    if args.tune:
+        for backbone in backbones:
+            tune(args, backbone)
+        return 0
+    if args.resume:
+        train_once(args, backbones[0], args.resume_fold)
+        return 0
+    failures, results = {}, []
+    for backbone in backbones:
+        for seed in seeds:
+            for fold in folds:
+                args.seed = seed
+                try:
+                    results.append(train_once(args, backbone, fold))
+                except (Problem, RuntimeError) as problem:  # RuntimeError: out of memory, an operator that is missing
+                    if not args.sweep or getattr(problem, "status", 1) == 2:
+                        raise
+                    failures[backbone] = str(problem).partition("\n")[0]
+                    say(f"failed: {backbone}: {failures[backbone]}")
+    if len(results) > 1:
+        losses = np.array([config["best_val_loss"] for _, config in results])
+        say(
+            f"{len(results)} trainings: validation loss {losses.mean():.3f} +- {losses.std(ddof=1):.3f} (mean, deviation)"
+        )
+    if results:
+        folders = " ".join(str(run) for run, _ in results) if len(results) < 4 else str(results[0][0].parents[1])
+        say(f"next:\n  python evaluate.py {folders}\n  python explain.py {results[0][0]}")
+    for backbone, reason in failures.items():
+        print(f"left out: {backbone}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    run_script(main)
