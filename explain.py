@@ -1,0 +1,848 @@
+"""Where does the network look, and which compounds are there? Article, "Explaining the model" (Figures 6-8, Table 3).
+
+    python explain.py                                              # newest run, its test pictures, positive class
+    python explain.py runs/golestan/mobileone_s3/seed2643 --features alignment.csv --query "3.5 < average_rt_min_ < 5"
+    python explain.py --class control --layers layer2 --n 4
+    python explain.py --input pooled.mzML new_run.mzML.gz
+
+Three answers, in minutes and m/z. Heat (LayerCAM) shows where a picture's evidence lies, roughly: the layers behind
+see a map through their strides, so that heat gathers on a lattice beside the peak. A feature's contribution is its
+share of the step from the other phenotype's logit to this one's (expected gradients, Erion et al. 2021, Nature
+Machine Intelligence 3, 620). It ranks the features, as heat also lights whatever is bright, and says how well a
+feature tells the phenotypes apart, not which has more of it. Blanking confirms the first of the ranking and gives the
+direction: the logit drops when the box of a compound that speaks for the class is painted in the colour of zero. None
+of them proves a cause: a network needs only some of the compounds that differ, and a bright neighbour in the same box
+looks the same to it.
+
+Written to RUN/explain/: cam_grid.png, class_maps.png, overlay.png, regions.csv, features.csv, faithfulness.json. Flags
+that choose other pictures, class, layers or features add a folder named after them below it, so that no command
+overwrites the answer of another.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import difflib
+import math
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import ndimage
+from torch import nn
+from torch.nn import functional as F
+from torchcam.methods import LayerCAM
+from torchcam.metrics import ClassificationMetric
+from tqdm import tqdm
+
+from convert import RUN_SUFFIXES, SPLITS, Problem, colours, picture_of_run, run_script, whole_file
+from deeplcms import (
+    Picture,
+    choose_device,
+    evaluation_transform,
+    find_pictures,
+    find_run,
+    load_run,
+    probabilities_of,
+    to_channels_first,
+    write_json,
+)
+
+BATCH = 16
+
+# ---------------------------------------------------------------- scores, layers, and where their units look
+
+
+class Scores(nn.Module):
+    """Score of each class (N, K) of pictures (N, 3, size, size) from which the colour of zero intensity is subtracted.
+
+    So 0 means "nothing measured": a picture times a map (torchcam.metrics) fades to that and not to grey. One logit z
+    stands for the pair (-z, z), which makes the negative class explainable like any other.
+    """
+
+    def __init__(self, model, recipe):
+        super().__init__()
+        self.model = model
+        zero = torch.tensor(recipe.zero_colour() / 255, dtype=torch.float32)
+        self.register_buffer("zero", ((zero - torch.tensor(model.mean)) / torch.tensor(model.std))[:, None, None])
+        for module in model.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # it would overwrite the activation that a hook keeps
+
+    def forward(self, u):
+        z = self.model(u + self.zero)
+        return torch.cat([-z, z], 1) if z.shape[1] == 1 else z
+
+
+def choose_layers(model, names=None):
+    """Modules of the backbone to explain, [(name, module)]; none for `pixels`, whose picture is its own feature map.
+
+    Default: the deepest layer (of those that timm lists) whose map is at least a quarter of the picture's side, or the
+    last of the finest where none is (a vision transformer's last block). Deeper layers mix retention times and masses.
+    Raises Problem with the nearest matches of an unknown name.
+    """
+    backbone = model.backbone
+    if isinstance(backbone, nn.Identity):
+        if names:
+            raise Problem(f"--layers {names[0]!r}: the backbone 'pixels' has no layers", 2)
+        return []
+    modules = {name: module for name, module in backbone.named_modules() if name}
+    if names:
+        for name in names:
+            if name not in modules:
+                near = difflib.get_close_matches(name, modules, 5, cutoff=0.4) or list(modules)[:5]
+                raise Problem(f"--layers {name!r} is no layer of this backbone; the nearest: {', '.join(near)}", 2)
+        return [(name, modules[name]) for name in names]
+    sizes = {}  # layer -> height of its map, in the order of the forward pass
+    stages = [stage["module"] for stage in getattr(backbone, "feature_info", []) if stage.get("module") in modules]
+    candidates = list(dict.fromkeys(stages)) or [name for name, _ in backbone.named_children()]
+
+    def record(name):
+        def hook(_, inputs, output):
+            with contextlib.suppress(AttributeError, RuntimeError, ValueError, IndexError):
+                sizes[name] = to_channels_first(output, backbone).shape[2]
+
+        return hook
+
+    hooks = [modules[name].register_forward_hook(record(name)) for name in candidates]
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, model.image_size, model.image_size, device=next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not sizes:
+        raise Problem("found no layer with a map in this backbone; name one with --layers", 2)
+    fine = min(max(sizes.values()), model.image_size // 4)
+    name = [name for name, size in sizes.items() if size >= fine][-1]
+    return [(name, modules[name])]
+
+
+def receptive_centres(scores, module, size, n_units=9, n_noise=4, seed=0):
+    """Where the units of a layer look: ((offset, scale) of y, (offset, scale) of x), in fractions of the picture.
+
+    Unit i of n looks at offset + scale * (i + 0.5) / n. A convolution of stride 2 with padding 1 puts its units half a
+    pixel too far left and up, and strides multiply it: the last layer of a ResNet looks 7 % of the axis away from where
+    plain upsampling paints it. Measured from the gradient of single units with respect to noise; (0, 1) where a layer
+    looks everywhere at once and has no measurable place.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device, kept = scores.zero.device, {}
+    hook = module.register_forward_hook(lambda _, inputs, output: kept.update(map=output))
+    try:
+        energies, units = 0, None
+        for _ in range(n_noise):
+            u = torch.rand(n_units, 3, size, size, generator=generator).to(device).requires_grad_(True)
+            scores(u)
+            map_ = to_channels_first(kept["map"], scores.model.backbone)  # (n_units, C, h, w)
+            shape = map_.shape[2:]
+            # One unit a picture, off the border, where padding cuts its view; rows and columns go in step.
+            units = [np.linspace(n // 6, n - 1 - n // 6, n_units).round().astype(int) for n in shape]
+            weight = torch.randn(n_units, map_.shape[1], generator=generator).to(device)
+            picked = map_[torch.arange(n_units), :, units[0], units[1]]
+            (gradient,) = torch.autograd.grad((picked * weight).sum(), u)
+            energies = energies + gradient.square().sum(1).double().cpu().numpy()  # (n_units, size, size)
+    finally:
+        hook.remove()
+    fits = []
+    for axis, n in enumerate(shape):
+        profile = energies.sum(2 - axis)  # (n_units, size)
+        stride = size / n
+        smooth = ndimage.gaussian_filter1d(profile, stride / 2, axis=1, mode="constant")
+        # The power keeps the centre of the view and drops its tails, which the border of the picture cuts unevenly.
+        weights = smooth**4 / (smooth**4).sum(1, keepdims=True).clip(1e-300)
+        seen = weights @ ((np.arange(size) + 0.5) / size)
+        plain = (units[axis] + 0.5) / n
+        scale, offset = np.polyfit(plain, seen, 1) if len(set(units[axis])) > 3 else (1.0, np.mean(seen - plain))
+        if not (0.9 < scale < 1.1):
+            scale, offset = 1.0, float(np.median(seen - plain))
+        # Half a unit plus half a pixel is as far as strides can shift it; more means that the unit looks everywhere.
+        sound = np.abs(offset + (scale - 1) / 2) <= 0.5 / n + 1.5 / size
+        fits.append((float(offset), float(scale)) if sound else (0.0, 1.0))
+    return tuple(fits)
+
+
+def resample(maps, shape, centres=((0.0, 1.0), (0.0, 1.0))):
+    """Maps (N, h, w) -> (N, *shape): the value at the middle of each bin, units placed where they look."""
+    grids = []
+    for n, (offset, scale) in zip(shape, centres, strict=True):
+        fraction = (torch.arange(n, device=maps.device) + 0.5) / n
+        grids.append(2 * (fraction - offset) / scale - 1)  # half-pixel convention: -1 and 1 are the outer edges
+    grid = torch.stack(torch.meshgrid(*grids, indexing="ij")[::-1], -1)  # (H, W, (x, y))
+    grid = grid.expand(len(maps), *grid.shape).to(maps.dtype)
+    return F.grid_sample(maps[:, None], grid, align_corners=False, padding_mode="border")[:, 0]
+
+
+# ---------------------------------------------------------------- heat and contributions
+
+
+def heat_maps(scores, layers, u, k, shape):
+    """LayerCAM of class k, unnormalised, for pictures u (N, 3, size, size) -> (N, *shape) in numpy.
+
+    Several layers are fused as torchcam does. Without layers: gradient x picture at the picture itself, its channels
+    summed before the ReLU (in jet a peak is more red and less blue at once).
+    """
+    centres = [receptive_centres(scores, module, u.shape[-1]) for _, module in layers]
+    to_map = lambda y: to_channels_first(y, scores.model.backbone)  # noqa: E731
+    maps = []
+    context = LayerCAM(scores, [m for _, m in layers], reshape_transform=to_map) if layers else contextlib.nullcontext()
+    with context as cam:
+        for batch in tqdm(u.split(BATCH), desc="heat", unit="batch", disable=None):
+            batch = (
+                batch.to(scores.zero.device).clone().requires_grad_(True)
+            )  # frozen backbones need a way for gradients
+            out = scores(batch)
+            if layers:
+                found = cam(k, out, normalized=False)
+                found = [resample(m.float(), shape, c) for m, c in zip(found, centres, strict=True)]
+                maps.append((found[0] if len(found) == 1 else cam.fuse_cams(found)).cpu())
+            else:
+                (gradient,) = torch.autograd.grad(out[:, k].sum(), batch)
+                maps.append(resample(torch.relu((gradient * batch).sum(1)).detach(), shape).cpu())
+    return torch.cat(maps).numpy()
+
+
+def contribution_map(scores, u, of_class, k, steps=256, seed=0):
+    """Expected gradients: what each pixel adds to score k on the way from another class's picture to one of class k.
+
+    u (N, 3, size, size), of_class (N,) bool. Pairs of pictures are drawn at random and a point between them each; the
+    average of gradient x difference sums to the mean difference of the scores. Between the classes, and not at their
+    far ends, the logit still answers to every compound. A class without pictures is replaced by the blank picture.
+    Returns (size, size) in numpy.
+    """
+    rng = np.random.default_rng(seed)
+    ends = [np.flatnonzero(of_class), np.flatnonzero(~of_class)]
+    total = 0
+    points = (rng.permutation(steps) + rng.random(steps)) / steps  # every part of the way equally often
+    for start in tqdm(range(0, steps, BATCH), desc="contributions", unit="batch", disable=None):
+        t = torch.tensor(points[start : start + BATCH], dtype=torch.float32)[:, None, None, None]
+        blank = torch.zeros_like(u[:1])
+        here, there = (u[rng.choice(end, len(t))] if len(end) else blank.expand(len(t), -1, -1, -1) for end in ends)
+        step = (here - there).to(scores.zero.device)
+        point = (there + t * (here - there)).to(scores.zero.device).contiguous().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(scores(point)[:, k].sum(), point)
+        total = total + (gradient * step).sum((0, 1)).double().cpu().numpy()
+    return total / steps
+
+
+class Stored:
+    """Maps that were computed before, in the shape of a torchcam extractor, for torchcam.metrics."""
+
+    def __init__(self, model):
+        self.model, self.maps = model, None
+
+    def __call__(self, class_idx=None, scores=None, normalized=True, **_):
+        return [self.maps]
+
+    def fuse_cams(self, cams):
+        return cams[0]
+
+    def _hooks_off(self):
+        return contextlib.nullcontext()
+
+
+def faithfulness(scores, u, maps, k, seed=0):
+    """Average drop and increase in confidence (Chattopadhay et al. 2018) when a picture is seen through its map.
+
+    The control shuffles each map's cells (of 1/16 of the side): as much of the picture remains, in other places.
+    """
+    rng = np.random.default_rng(seed)
+    size = u.shape[-1]
+    result = {}
+    for name in ("map", "random_map"):
+        metric = ClassificationMetric(Stored(scores), lambda s: torch.softmax(torch.cat([s], 1), 1))
+        if scores.model.head.out_features == 1:  # softmax of (-z, z) would be the sigmoid of 2 z
+            metric.logits_fn = lambda s: torch.softmax(s / 2, 1)
+        for start in range(0, len(u), BATCH):
+            m = torch.from_numpy(maps[start : start + BATCH]).float()
+            m = resample(m, (size, size))
+            if name == "random_map":
+                side = min(16, size)
+                m = resample(m, (side * (size // side),) * 2)
+                cells = m.unflatten(2, (side, -1)).unflatten(1, (side, -1)).transpose(2, 3).flatten(1, 2)
+                order = torch.from_numpy(rng.permutation(side * side))
+                cells = cells[:, order].unflatten(1, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+                m = resample(cells, (size, size))
+            metric.cam_extractor.maps = LayerCAM._normalize(m.clone()).to(scores.zero.device)
+            metric.update(u[start : start + BATCH].to(scores.zero.device), k)
+        result[name] = {key: float(value) for key, value in metric.summary().items()} if metric.total else None
+    return result
+
+
+# ---------------------------------------------------------------- features: positions, names, queries
+
+
+def clean_name(column):
+    """pyjanitor's clean_names: "Average Rt(min)" -> average_rt_min_."""
+    return re.sub(r"[^0-9a-z]+", "_", column.strip().lower())
+
+
+COLUMNS = {
+    "rt": ("average_rt_min_", "rt_min_", "rt", "retention_time", "retention_time_min_", "rtime"),
+    "mz": ("average_mz", "precursor_m_z", "mz", "m_z", "precursor_mz"),
+    "name": ("metabolite_name", "title", "name", "compound", "compound_name"),
+}
+
+
+def read_features(path):
+    """Table of features (DataFrame, cleaned column names) with rt in minutes, mz and name found by the usual titles.
+
+    An alignment or peak export of MS-DIAL (four lines before the header or none) or any table with rt, mz and name;
+    commas, semicolons or tabs. Annotation tags stay text. Raises Problem naming the file and the column or line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}", 2) from None
+    lines = text.splitlines()
+
+    def find(columns, kind):
+        return next((name for name in COLUMNS[kind] if name in columns), None)
+
+    for header, line in enumerate(lines[:10]):  # noqa: B007 (where the table begins)
+        for delimiter in "\t;,":
+            columns = [clean_name(cell) for cell in next(csv.reader([line], delimiter=delimiter), [])]
+            if find(columns, "rt") and find(columns, "mz"):
+                break
+        else:
+            continue
+        break
+    else:
+        raise Problem(
+            f"{path}: no header with a retention time ('Average Rt(min)', 'rt') and an m/z ('Average Mz', 'mz')", 2
+        )
+    cells = list(csv.reader(lines[header + 1 :], delimiter=delimiter))
+    rows = [(j, row) for j, row in enumerate(cells, header + 2) if any(cell.strip() for cell in row)]
+    for j, row in rows:
+        if len(row) != len(columns):
+            raise Problem(f"{path}, line {j}: {len(row)} cells where the header has {len(columns)}", 2)
+    unique = [name if name not in columns[:j] else f"{name}_{j}" for j, name in enumerate(columns)]
+    table = pd.DataFrame([[cell.strip() for cell in row] for _, row in rows], columns=unique, dtype=object)
+    if table.empty:
+        raise Problem(f"{path}: has a header but no feature", 2)
+    for column in table:
+        if column.startswith("annotation_tag"):
+            table[column] = table[column].str.replace(r"\.0$", "", regex=True)
+        elif set(table[column].str.lower()) <= {"true", "false"}:
+            table[column] = table[column].str.lower() == "true"
+        else:
+            filled = table[column].replace("", np.nan)
+            with contextlib.suppress(ValueError, TypeError):
+                table[column] = pd.to_numeric(filled)
+    for kind in ("rt", "mz"):
+        source = find(columns, kind)
+        values = pd.to_numeric(table[source], errors="coerce")
+        if values.isna().any():
+            at = int(np.flatnonzero(values.isna())[0])
+            raise Problem(f"{path}, line {rows[at][0]}: {source} {table[source].iloc[at]!r} is not a number", 2)
+        table[kind] = values.astype(float)
+    source = find(columns, "name")
+    table["name"] = table[source].astype(str) if source else ""
+    return table
+
+
+STRING_METHODS = ("contains", "startswith", "endswith", "lower", "upper", "strip", "len", "match", "fullmatch")
+# What a comparison of columns needs and no more: pandas would run any Python that it is given.
+ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.Invert, ast.USub, ast.UAdd, ast.BinOp)
+ALLOWED += (ast.BitAnd, ast.BitOr, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Compare, ast.cmpop, ast.Name, ast.Load)
+ALLOWED += (ast.Constant, ast.List, ast.Tuple, ast.Call, ast.Attribute, ast.keyword)
+
+
+def select(table, query):
+    """Rows that a pandas query selects, e.g. "3.5 < average_rt_min_ < 5 and annotation_tag_vs1_0_ == 430".
+
+    Comparisons, and/or/not, arithmetic, in, and the methods .str.contains(...) and alike on columns; nothing else.
+    A number compared with a text column is taken for text. Raises Problem with the offending part.
+    """
+    try:
+        tree = ast.parse(query.strip(), mode="eval")
+    except (SyntaxError, ValueError) as error:
+        part = (getattr(error, "text", None) or query).strip()
+        at = max(0, (getattr(error, "offset", None) or 1) - 1)
+        raise Problem(f"--query {query!r} cannot be read at {part[at : at + 20] or part[-20:]!r}", 2) from None
+
+    def refuse(node, reason):
+        raise Problem(f"--query: {ast.get_source_segment(query.strip(), node) or query!r} {reason}", 2)
+
+    for node in ast.walk(tree):
+        if not isinstance(node, ALLOWED):
+            refuse(node, "is not a comparison of columns")
+        if isinstance(node, ast.Name) and node.id not in table:
+            near = difflib.get_close_matches(node.id, list(table), 3, cutoff=0.3) or list(table)
+            refuse(node, f"is no column; the nearest: {', '.join(near)}")
+        if isinstance(node, ast.Call) and not isinstance(node.func, ast.Attribute):
+            refuse(node, "is a call, which a query may not make")
+        if isinstance(node, ast.Attribute) and not (
+            (node.attr == "str" and isinstance(node.value, (ast.Name, ast.Call)))
+            or (node.attr in STRING_METHODS and isinstance(node.value, ast.Attribute) and node.value.attr == "str")
+        ):
+            refuse(node, f"is not one of the string methods {', '.join(STRING_METHODS)}")
+
+    def text_of(node):
+        for constant in ast.walk(node):
+            if isinstance(constant, ast.Constant) and type(constant.value) in (int, float):
+                constant.value = f"{constant.value:g}"
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            names = [side.id for side in sides if isinstance(side, ast.Name)]
+            if any(not pd.api.types.is_numeric_dtype(table[name]) for name in names):
+                for side in sides:
+                    text_of(side)
+    try:
+        selected = table.query(ast.unparse(tree), engine="python")
+    except Exception as error:
+        raise Problem(f"--query {query!r}: {str(error).partition(chr(10))[0][:150]}", 2) from None
+    if not isinstance(selected, pd.DataFrame):
+        raise Problem(f"--query {query!r} does not choose rows", 2)
+    if selected.empty:
+        raise Problem(f"--query {query!r} selects none of the {len(table)} features", 2)
+    return selected
+
+
+def peak_weights(centres, n, spread):
+    """Gaussian of unit height around each centre (fraction of the axis), in n bins: (F, n). spread: fraction."""
+    at = (np.arange(n) + 0.5) / n
+    return np.exp(-0.5 * ((at - np.asarray(centres)[:, None]) / max(spread, 0.5 / n)) ** 2)
+
+
+def over_peaks(map_, x, y, recipe, mean):
+    """Sum (or mean) of a map (h, w) over the place of each feature at fractions x, y.
+
+    The place is a Gaussian of 1.5 times the picture's own filter: a feature's retention time is the cohort's average,
+    and a run's own peak drifts by about a bin and tails.
+    """
+    spread = 1.5 * max(recipe.sigma, 1)
+    wx, wy = (peak_weights(c, n, spread / b) for c, n, b in zip((x, y), map_.shape[::-1], recipe.bins, strict=True))
+    sums = np.einsum("fy,yx,fx->f", wy, map_, wx, optimize=True)
+    return sums / (wx.sum(1) * wy.sum(1)) if mean else sums
+
+
+@torch.inference_mode()
+def blanking(scores, u, k, x, y, recipe):
+    """Drop of score k when the box of a feature (twice the picture's filter to each side) is blank: (F, N)."""
+    device, size = scores.zero.device, u.shape[-1]
+    at = (torch.arange(size) + 0.5) / size
+    half = [2 * max(recipe.sigma, 1) / bins for bins in recipe.bins]
+    base = torch.cat([scores(batch.to(device))[:, k].cpu() for batch in u.split(2 * BATCH)])
+    drops = np.zeros((len(x), len(u)))
+    for i in tqdm(range(len(x)), desc="blanking", unit="feature", disable=None):
+        box = ((at - y[i]).abs() <= max(half[1], 0.5 / size))[:, None] & ((at - x[i]).abs() <= max(half[0], 0.5 / size))
+        blank = [scores(batch.masked_fill(box, 0).to(device))[:, k].cpu() for batch in u.split(2 * BATCH)]
+        drops[i] = (base - torch.cat(blank)).numpy()
+    return drops
+
+
+# ---------------------------------------------------------------- regions and figures
+
+
+def regions(map_, recipe, share=0.1, most=20):
+    """Boxes (rt_min, rt_max, mz_min, mz_max, heat) around what exceeds a share of the map's maximum, hottest first.
+
+    The map is the smoothed contribution map, which puts its spots on the peaks; heat is its highest value in the box.
+    """
+    if not map_.max() > 0:
+        return []
+    found = []
+    spots, _ = ndimage.label(map_ >= share * map_.max())
+    h, w = map_.shape
+    for rows, columns in ndimage.find_objects(spots):
+        (rt_min, rt_max), (mz_max, mz_min) = recipe.from_fraction(
+            np.array([columns.start, columns.stop]) / w, np.array([rows.start, rows.stop]) / h
+        )
+        found.append([rt_min, rt_max, mz_min, mz_max, map_[rows, columns].max()])
+    return sorted(([float(value) for value in row] for row in found), key=lambda row: -row[-1])[:most]
+
+
+def extent_of(recipe):
+    return [recipe.rt_min, recipe.rt_max, recipe.mz_min, recipe.mz_max]
+
+
+def label_axes(axis):
+    axis.set_xlabel("retention time (min)")
+    axis.set_ylabel("m/z")
+
+
+def save(figure, path):
+    import matplotlib.pyplot as plt
+
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+
+
+def intensity_of(rgb, recipe):
+    """The picture's log intensity (0 ... 255) read back from its colours: jet in grey would draw rings around peaks."""
+    code = np.array([1 << 16, 1 << 8, 1])
+    table = colours(np.arange(256) / 255, recipe.colormap).astype(int) @ code
+    order = np.argsort(table, kind="stable")
+    return order[np.searchsorted(table, rgb.astype(int) @ code, sorter=order).clip(0, 255)]
+
+
+def cam_grid(path, items, maps, recipe, title):
+    """Article Figure 6: pictures with their phenotype and probability, map over picture."""
+    import matplotlib.pyplot as plt
+
+    columns = math.ceil(math.sqrt(len(items)))
+    n_rows = math.ceil(len(items) / columns)
+    figure, axes = plt.subplots(
+        n_rows,
+        columns,
+        figsize=(3.4 * columns + 0.6, 3 * n_rows + 0.6),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, item, map_ in zip(axes.flat, items, maps, strict=False):
+        axis.imshow(intensity_of(item["rgb"], recipe), cmap="gray", extent=extent_of(recipe), aspect="auto")
+        heat = np.sqrt(map_ / (map_.max() or 1))  # the root shows what is weaker than the hottest spot, too
+        axis.imshow(
+            heat,
+            cmap="inferno",
+            alpha=np.clip(0.15 + heat, 0, 0.9),
+            extent=extent_of(recipe),
+            aspect="auto",
+            vmin=0,
+            vmax=1,
+        )
+        axis.set_title(f"{item['name']}: {item['phenotype'] or 'unlabelled'}\n{item['caption']}", fontsize=9)
+    for axis in axes.flat[len(items) :]:
+        axis.axis("off")
+    figure.suptitle(title)
+    figure.supxlabel("retention time (min)")
+    figure.supylabel("m/z")
+    save(figure, path)
+
+
+def class_maps(path, means, difference, contribution, recipe, names, title):
+    """Mean heat of each group of pictures on one scale, their difference, and the contribution to the logit."""
+    import matplotlib.pyplot as plt
+
+    panels = [
+        (mean, f"mean heat of {n} {name} pictures", "inferno") for mean, (name, n) in zip(means, names, strict=True)
+    ]
+    if difference is not None:
+        panels.append((difference, "difference of the heats", "RdBu_r"))
+    panels.append((contribution, "contribution to the logit, smoothed", "RdBu_r"))
+    columns = 2
+    figure, axes = plt.subplots(
+        math.ceil(len(panels) / 2),
+        columns,
+        figsize=(10.5, 4.2 * math.ceil(len(panels) / 2)),
+        layout="constrained",
+        squeeze=False,
+    )
+    highest = max(mean.max() for mean in means) or 1
+    for axis, (map_, name, cmap) in zip(axes.flat, panels, strict=False):
+        limit = highest if cmap == "inferno" else np.quantile(np.abs(map_), 0.999) or 1
+        shown = axis.imshow(
+            map_,
+            cmap=cmap,
+            vmin=0 if cmap == "inferno" else -limit,
+            vmax=limit,
+            extent=extent_of(recipe),
+            aspect="auto",
+        )
+        figure.colorbar(shown, ax=axis)
+        axis.set_title(name, fontsize=10)
+        label_axes(axis)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def overlay(path, contribution, table, recipe, title, n_names=10):
+    """Article Figures 7 and 8: features as points over the contribution map, the first of the ranking by name.
+
+    Names stand in two columns beside the map, in the order of m/z, each joined to its point: they cannot overlap.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(11, 6.5), layout="constrained")
+    limit = np.quantile(np.abs(contribution), 0.999) or 1
+    shown = axis.imshow(
+        contribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent_of(recipe), aspect="auto", alpha=0.8
+    )
+    figure.colorbar(shown, ax=axis, label="contribution to the logit, smoothed", location="bottom", shrink=0.9)
+    axis.plot(table["rt"], table["mz"], "o", markersize=3, color="0.25", markerfacecolor="none", label="feature")
+    first = table.head(n_names)
+    axis.plot(
+        first["rt"], first["mz"], "o", markersize=9, color="black", markerfacecolor="none", label=f"first {len(first)}"
+    )
+    ordered = first.sort_values("mz").reset_index(drop=True)
+    for i, row in ordered.iterrows():
+        name = re.sub(r"^$|^unknown$", f"m/z {row['mz']:.4f}", str(row["name"]).strip(), flags=re.IGNORECASE)
+        axis.annotate(
+            f"{row['rank']}. {name[:34]}\n    {row['rt']:.2f} min, m/z {row['mz']:.3f}",
+            (row["rt"], row["mz"]),
+            xytext=(1.03, (i + 0.5) / len(ordered)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.6},
+            annotation_clip=False,
+        )
+    axis.set(xlim=(recipe.rt_min, recipe.rt_max), ylim=(recipe.mz_min, recipe.mz_max))
+    axis.legend(loc="upper left", fontsize=8)
+    label_axes(axis)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+# ---------------------------------------------------------------- one command
+
+
+def load_items(args, checkpoint):
+    """[{name, phenotype, rgb (bins picture)}] of --input or of the split, and the data set's folder."""
+    recipe, classes = checkpoint["recipe"], checkpoint["classes"]
+    data = Path(args.data or checkpoint["config"]["data"])
+    if not args.input:
+        pictures = [p for p in find_pictures(data, (args.split,))[args.split] if not p.is_copy]
+    else:
+        pictures = []
+        for path in map(Path, args.input):
+            if not path.is_file():
+                raise Problem(f"--input {path}: no such file", 2)
+            if path.name.lower().endswith(RUN_SUFFIXES):
+                pictures.append(path)
+            elif path.suffix.lower() == ".png":
+                pictures.append(Picture(path, path.resolve().parent.name))
+            else:
+                raise Problem(f"--input {path}: neither a PNG of convert.py nor {', '.join(RUN_SUFFIXES)}", 2)
+    items = []
+    for picture in tqdm(pictures, desc="reading", unit="picture", disable=None):
+        if isinstance(picture, Path):
+            rgb, _ = picture_of_run(picture, recipe)
+            items.append({"name": picture.name.partition(".")[0], "phenotype": "", "rgb": rgb})
+            continue
+        if picture.recipe != recipe:
+            ours, theirs = recipe.to_text(), picture.recipe.to_text()
+            what = next(key for key in ours if ours[key] != theirs[key])
+            raise Problem(f"{picture.path}: its {what} is {theirs[what]}, the run was trained with {ours[what]}", 2)
+        known = picture.phenotype if picture.phenotype in classes else ""
+        items.append({"name": picture.sample_name, "phenotype": known, "rgb": picture.load().permute(1, 2, 0).numpy()})
+    return items, data
+
+
+def output_folder(run, args, checkpoint):
+    """RUN/explain, or below it a folder named after the flags that ask another question."""
+    parts = []
+    if args.input:
+        names = [Path(path).name.partition(".")[0] for path in args.input]
+        parts.append(
+            "input-"
+            + names[0]
+            + (f"+{len(names) - 1}-{zlib.crc32(repr(args.input).encode()):08x}" if names[1:] else "")
+        )
+    elif args.split != "test":
+        parts.append(args.split)
+    if args.data:
+        parts.append(f"data-{Path(args.data).resolve().name}")
+    if args.class_name and args.class_name != checkpoint["classes"][-1]:
+        parts.append(f"class-{args.class_name}")
+    if args.layers:
+        parts.append("layers-" + "+".join(args.layers))
+    if args.features:
+        parts.append(f"features-{Path(args.features).stem}")
+    if args.query:
+        parts.append(f"query-{zlib.crc32(args.query.encode()):08x}")
+    return Path(run) / "explain" / "_".join(parts)
+
+
+def write_csv(path, columns, rows):
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        table.writerows(rows)
+
+
+def rank_features(table, contribution, means, difference, groups, scores, u, of_class, k, top, recipe):
+    """The table with contribution, heats, rank and, for the first `top`, the drop of the logit with standard error."""
+    x, y = recipe.to_fraction(table["rt"].to_numpy(), table["mz"].to_numpy())
+    table = table.copy()
+    table["contribution"] = over_peaks(contribution, x, y, recipe, mean=False)
+    for (name, _), mean in zip(groups, means, strict=True):
+        table[f"heat_{name}"] = over_peaks(mean, x, y, recipe, mean=True)
+    table["heat_difference"] = over_peaks(difference, x, y, recipe, mean=True) if difference is not None else np.nan
+    order = np.argsort(-table["contribution"].to_numpy(), kind="stable")
+    table, x, y = table.iloc[order], x[order], y[order]
+    table.insert(0, "rank", np.arange(1, len(table) + 1))
+    drops = blanking(scores, u[of_class] if of_class.any() else u, k, x[:top], y[:top], recipe)
+    n = drops.shape[1]
+    columns = {
+        "drop": drops.mean(1),
+        "drop_se": drops.std(1, ddof=1) / n**0.5 if n > 1 else np.full(len(drops), np.nan),
+    }
+    for name, values in columns.items():
+        table[name] = np.r_[values, np.full(len(table) - len(values), np.nan)]
+    own = [
+        "rank",
+        "rt",
+        "mz",
+        "name",
+        "contribution",
+        *[f"heat_{name}" for name, _ in groups],
+        "heat_difference",
+        "drop",
+        "drop_se",
+    ]
+    return table[own + [column for column in table if column not in own]]
+
+
+def explain(args):
+    run = find_run(args.run)
+    model, checkpoint = load_run(run)
+    classes, recipe = checkpoint["classes"], checkpoint["recipe"]
+    if args.class_name and args.class_name not in classes:
+        raise Problem(f"--class {args.class_name!r} is not one of {', '.join(classes)}", 2)
+    class_name = args.class_name or classes[-1]
+    k = classes.index(class_name)
+    layers = choose_layers(model, args.layers)
+    items, data = load_items(args, checkpoint)
+    features = args.features or (data / "features.csv" if (data / "features.csv").is_file() else None)
+    if args.query and not features:
+        raise Problem("--query needs --features", 2)
+    table = read_features(features) if features else None  # before the work: a bad table should not cost two minutes
+    if features and not args.features:
+        print(f"features: {features}, found in the data set's folder")
+    if args.query:
+        table = select(table, args.query)
+    inside = 0
+    if table is not None:
+        x, y = recipe.to_fraction(table["rt"], table["mz"])
+        here = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
+        inside, outside = int(here.sum()), int((~here).sum())
+        print(f"{inside} features inside the axes, {outside} outside")
+        if not inside:
+            raise Problem(f"{features}: none of its {outside} features lies inside the axes of the pictures", 2)
+        table = table[np.asarray(here)]
+
+    device = choose_device()
+    scores = Scores(model, recipe).to(device).eval()
+    transform = evaluation_transform(checkpoint["image_size"], model.mean, model.std)
+    to_tensor = lambda rgb: transform(torch.from_numpy(rgb).permute(2, 0, 1).contiguous())  # noqa: E731
+    u = (torch.stack([to_tensor(item["rgb"]) for item in items]) - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
+    with torch.inference_mode():
+        logits = torch.cat([model(batch.to(device) + scores.zero).cpu() for batch in u.split(BATCH)])
+    probabilities = probabilities_of(logits).numpy()
+    called = probabilities.argmax(1)
+    for item, p, c in zip(items, probabilities, called, strict=True):
+        item["group"] = item["phenotype"] or classes[c]  # a run that nobody labelled counts as what it is called
+        item["caption"] = f"P({class_name}) = {p[k]:.2f}"
+    of_class = np.array([item["group"] == class_name for item in items])
+
+    shape = recipe.bins[::-1]  # (n_mz, n_rt)
+    maps = heat_maps(scores, layers, u, k, shape)
+    contribution = contribution_map(scores, u, of_class, k, args.steps)
+    # As weights of a sum the pixels stay as they are; for the eye they are spread as wide as a peak.
+    smooth = resample(torch.from_numpy(contribution)[None], shape)[0].numpy()
+    smooth = ndimage.gaussian_filter(smooth, 1.5 * max(recipe.sigma, 1))
+
+    other = classes[1 - k] if len(classes) == 2 else "other"
+    members = [(class_name, of_class), (other, ~of_class)]
+    groups = [(name, int(chosen.sum())) for name, chosen in members if chosen.any()]
+    means = [maps[chosen].mean(0) for _, chosen in members if chosen.any()]
+    difference = means[0] - means[1] if len(means) == 2 else None
+
+    out = output_folder(run, args, checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    where = ", ".join(name for name, _ in layers) or "the picture itself"
+    origin = checkpoint["config"].get("weights_origin", "unknown weights")
+    title = f"{checkpoint['backbone']} ({origin}), evidence for '{class_name}' at {where}"
+    chosen = choose_pictures(of_class, args.n, args.seed)
+    cam_grid(
+        out / "cam_grid.png",
+        [items[i] for i in chosen],
+        maps[chosen],
+        recipe,
+        f"LayerCAM, each relative to its own maximum: {title}",
+    )
+    class_maps(out / "class_maps.png", means, difference, smooth, recipe, groups, title)
+    rows = regions(smooth, recipe)
+    write_csv(
+        out / "regions.csv",
+        ["rt_min", "rt_max", "mz_min", "mz_max", "heat"],
+        [[f"{v:.6g}" for v in row] for row in rows],
+    )
+    called_so = np.flatnonzero(called == k)
+    result = {"class": class_name, "layers": [name for name, _ in layers], "pictures": len(called_so)}
+    if len(called_so):
+        result |= faithfulness(scores, u[called_so], maps[called_so], k, args.seed)
+    write_json(out / "faithfulness.json", result)
+    if table is not None:
+        table = rank_features(table, contribution, means, difference, groups, scores, u, of_class, k, args.top, recipe)
+        with whole_file(out / "features.csv") as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g")
+        overlay(out / "overlay.png", smooth, table, recipe, title)
+        print("rank  min     m/z       contribution  drop of the logit  name")
+        for row in table.head(10).itertuples():
+            drop = f"{row.drop:7.3f} ± {row.drop_se:.3f}" if row.drop == row.drop else "-"
+            print(f"{row.rank:4d}  {row.rt:5.2f}  {row.mz:9.4f}  {row.contribution:12.4f}  {drop:17s}  {row.name}")
+    print(f"{len(items)} pictures explained in {out}")
+    return 0
+
+
+def choose_pictures(of_class, n, seed):
+    """Indices of n pictures for the grid, both groups as evenly as they allow, drawn with the seed."""
+    rng = np.random.default_rng(seed)
+    sides = [list(rng.permutation(np.flatnonzero(side))) for side in (of_class, ~of_class)]
+    chosen = []
+    while len(chosen) < min(n, len(of_class)):
+        for side in sides:
+            if side and len(chosen) < n:
+                chosen.append(int(side.pop()))
+    return chosen
+
+
+def parse_arguments(argv=None):
+    help_format = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=help_format)
+    parser.add_argument("run", nargs="?", help="run folder of train.py (default: the newest under runs/)")
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--split", choices=SPLITS, default="test", help="which pictures of the run's data set")
+    group.add_argument("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
+    group.add_argument(
+        "--input", nargs="+", metavar="FILE", help="pictures of convert.py or raw runs, in place of a split"
+    )
+    group.add_argument("--n", type=int, default=9, help="pictures in cam_grid.png")
+    group = parser.add_argument_group("map")
+    group.add_argument(
+        "--class", dest="class_name", metavar="NAME", help="phenotype to explain (default: the positive one)"
+    )
+    group.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: chosen by their map)"
+    )
+    group = parser.add_argument_group("features")
+    group.add_argument(
+        "--features",
+        metavar="CSV",
+        help="MS-DIAL export or table with rt, mz, name (default: the data set's features.csv, if any)",
+    )
+    group.add_argument("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
+    group.add_argument("--top", type=int, default=50, help="features of the ranking to confirm by blanking")
+    group.add_argument("--steps", type=int, default=256, help="gradients that a contribution averages; fewer vary more")
+    group.add_argument("--seed", type=int, default=2643, help="of the pictures in the grid and the random map")
+    args = parser.parse_args(argv)
+    for flag, value, least in (("--n", args.n, 1), ("--top", args.top, 0), ("--steps", args.steps, 1)):
+        if value < least:
+            raise Problem(f"{flag} {value} must be at least {least}", 2)
+    return args
+
+
+def main():
+    args = parse_arguments()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    return explain(args)
+
+
+if __name__ == "__main__":
+    run_script(main)
