@@ -631,7 +631,7 @@ DEMO_MINUTES, DEMO_MZ = 10.0, (100.0, 900.0)
 DEMO_DEFAULTS = {"bins": [256], "test": 0.15, "rt_range": [0.0, DEMO_MINUTES], "mz_range": list(DEMO_MZ)}
 
 
-def demo_compounds(rng, n_planted=16, n_background=224):
+def demo_compounds(rng, n_planted=30, n_background=210):
     """A made-up metabolome: planted and background compounds drawn from the same distributions.
 
     `frequency` is the chance that a run holds the compound; for planted ones that a run of an exposed person does.
@@ -645,7 +645,7 @@ def demo_compounds(rng, n_planted=16, n_background=224):
         "log10_height": np.clip(rng.normal(5.8, 0.5, n), 5.0, 7.3),
         "width": rng.uniform(2.5, 5.0, n),  # seconds, one standard deviation of the rising side
         "tailing": rng.uniform(1.2, 3.0, n),  # falling side / rising side
-        "frequency": rng.uniform(0.7, 0.95, n),
+        "frequency": rng.uniform(0.6, 0.9, n),
     }
 
 

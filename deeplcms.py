@@ -9,7 +9,6 @@ import difflib
 import json
 import math
 import pickle
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -336,8 +335,11 @@ def metrics_of(labels, probabilities, threshold=0.5):
 
 def save_checkpoint(path, contents):
     """torch.save, whole or not at all."""
-    with whole_file(path) as temporary:
-        torch.save(contents, temporary)
+    try:
+        with whole_file(path) as temporary:
+            torch.save(contents, temporary)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise Problem(f"{path} could not be written: {str(error).partition(chr(10))[0][:150]}") from None
 
 
 def load_checkpoint(path):
@@ -398,6 +400,3 @@ def write_json(path, contents):
 
 def choose_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-warnings.filterwarnings("ignore", message=".*pretrained weights.*")

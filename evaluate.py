@@ -10,7 +10,6 @@ Article: "Evaluating the final model" (test metrics, Figure 5), and the tables a
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from convert import (
     read_table,
     run_script,
     whole_file,
+    write_csv,
 )
 from deeplcms import (
     Pictures,
@@ -260,28 +260,13 @@ def called_class(probabilities, threshold):
 
 def write_predictions(path, pictures, labels, probabilities, classes, threshold):
     """Every picture: sample, true phenotype, the one called, and the probability of each class."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(
-            [
-                "sample_name",
-                "group",
-                "phenotype",
-                "called",
-                "right",
-                *(f"probability_{name}" for name in classes),
-                "file",
-            ]
-        )
-        for picture, label, called, p in zip(
-            pictures, labels, called_class(probabilities, threshold), probabilities, strict=True
-        ):
-            right = "yes" if called == label else "no"
-            table.writerow(
-                [picture.sample_name, picture.group, classes[label], classes[called], right]
-                + [f"{value:.8f}" for value in p]
-                + [picture.path]
-            )
+    rows = [["sample_name", "group", "phenotype", "called", "right", *(f"probability_{c}" for c in classes), "file"]]
+    every = zip(pictures, labels, called_class(probabilities, threshold), probabilities, strict=True)
+    for picture, label, called, p in every:
+        right = "yes" if called == label else "no"
+        row = [picture.sample_name, picture.group, classes[label], classes[called], right]
+        rows.append([*row, *(f"{value:.8f}" for value in p), picture.path])
+    write_csv(path, rows)
 
 
 # ---------------------------------------------------------------- one run: figures
@@ -497,10 +482,7 @@ def predict_files(run, files, threshold="0.5", data=None, out=None):
         numbers = [f"{float(row[name]):.4f}".rjust(len(name)) for name in shown]
         print("  ".join([row["file"].ljust(width), *numbers, row["called"], row["warning"]]).rstrip())
     if out and rows:
-        with whole_file(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
+        write_rows(out, rows)
         print(f"\n{len(rows)} predictions in {out}")
     for path, reason in failures.items():
         print(f"left out: {reason if path.name in reason else f'{path}: {reason}'}", file=sys.stderr)
@@ -662,10 +644,8 @@ def markdown(rows):
 
 
 def write_rows(path, rows):
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], extrasaction="ignore")
-        table.writeheader()
-        table.writerows(rows)
+    """Dicts with the keys of the first one as a CSV."""
+    write_csv(path, [rows[0].keys(), *([row[key] for key in rows[0]] for row in rows)])
 
 
 def compare(runs, out=None):

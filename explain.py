@@ -39,7 +39,17 @@ from torchcam.methods import LayerCAM
 from torchcam.metrics import ClassificationMetric
 from tqdm import tqdm
 
-from convert import RUN_SUFFIXES, SPLITS, Problem, colours, picture_of_run, run_script, whole_file
+from convert import (
+    RUN_SUFFIXES,
+    SPLITS,
+    HelpFormatter,
+    Problem,
+    colours,
+    picture_of_run,
+    run_script,
+    whole_file,
+    write_csv,
+)
 from deeplcms import (
     Picture,
     choose_device,
@@ -656,13 +666,6 @@ def output_folder(run, args, checkpoint):
     return Path(run) / "explain" / "_".join(parts)
 
 
-def write_csv(path, columns, rows):
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(columns)
-        table.writerows(rows)
-
-
 def rank_features(table, contribution, means, difference, groups, scores, u, of_class, k, top, recipe):
     """The table with contribution, heats, rank and, for the first `top`, the drop of the logit with standard error."""
     x, y = recipe.to_fraction(table["rt"].to_numpy(), table["mz"].to_numpy())
@@ -766,11 +769,8 @@ def explain(args):
     )
     class_maps(out / "class_maps.png", means, difference, smooth, recipe, groups, title)
     rows = regions(smooth, recipe)
-    write_csv(
-        out / "regions.csv",
-        ["rt_min", "rt_max", "mz_min", "mz_max", "heat"],
-        [[f"{v:.6g}" for v in row] for row in rows],
-    )
+    columns = ("rt_min", "rt_max", "mz_min", "mz_max", "heat")
+    write_csv(out / "regions.csv", [columns, *([f"{value:.6g}" for value in row] for row in rows)])
     called_so = np.flatnonzero(called == k)
     result = {"class": class_name, "layers": [name for name, _ in layers], "pictures": len(called_so)}
     if len(called_so):
@@ -802,8 +802,7 @@ def choose_pictures(of_class, n, seed):
 
 
 def parse_arguments(argv=None):
-    help_format = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=help_format)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder of train.py (default: the newest under runs/)")
     group = parser.add_argument_group("pictures")
     group.add_argument("--split", choices=SPLITS, default="test", help="which pictures of the run's data set")

@@ -18,7 +18,6 @@ trained sees the share of its own process only, and process 0's running statisti
 
 import argparse
 import copy
-import csv
 import hashlib
 import json
 import math
@@ -44,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import deeplcms
-from convert import HelpFormatter, Problem, run_script, whole_file
+from convert import HelpFormatter, Problem, run_script, whole_file, write_csv
 from deeplcms import Classifier, Pictures, choose_device, load_checkpoint, loss_of, metrics_of, probabilities_of
 
 matplotlib.use("Agg")
@@ -109,12 +108,12 @@ def offline_if_unreachable():
 
 
 def build_model(args, backbone, n_classes):
-    """(model, where its weights come from, whether the backbone is frozen) as --weights and --finetune ask."""
+    """(model, where its weights come from); frozen or not, as --weights and --finetune ask."""
     # In a sweep --grid is meant for the networks; the pixels keep the grid of their own.
     grid = None if backbone == "pixels" and (args.demo or args.sweep) else args.grid
     options = {"grid": grid, "image_size": args.image_size}
     if backbone == "pixels":
-        return Classifier(backbone, n_classes, **options).freeze(), "no network", True  # nothing but a head to train
+        return Classifier(backbone, n_classes, **options).freeze(), "no network"
     if args.weights in ("auto", "pretrained"):
         offline_if_unreachable()
         try:
@@ -140,7 +139,7 @@ def build_model(args, backbone, n_classes):
             load_weights(model, args.weights)
             origin = f"file {args.weights}"
     frozen = (args.finetune or ("all" if origin == "random initialisation" else "head")) == "head"
-    return model.freeze() if frozen else model, origin, frozen
+    return model.freeze() if frozen else model, origin
 
 
 def load_weights(model, path):
@@ -260,11 +259,18 @@ def stored_features(model, pictures, pool, n_draws, what, args, device):
     return StoredFeatures(features[:, [row[picture.path] for picture in pictures.pictures]], pictures.labels)
 
 
-def make_loaders(model, train, val, classes, views, args, device):
-    """{"train", "val"} data loaders of pictures, or with views = K of stored features; the loop does not see which.
+def make_loaders(model, train, val, classes, args, device):
+    """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
     train and val: lists of Picture. Fits the standardisation of a frozen backbone on draw 0 of the training pictures.
     """
+    views = args.views
+    if views == "auto":
+        views = 4 if model.frozen else 0
+        if model.frozen:
+            say("--views auto: the backbone is frozen, so 4 draws of each picture are run through it once and stored")
+    if views and not model.frozen:
+        raise Problem("--views stores the features of a frozen backbone; this one is trained: use --finetune head", 2)
     recipe = train[0].recipe
     augmented = deeplcms.training_transform(
         model.image_size, model.mean, model.std, recipe.zero_colour(), args.rotate, args.color_jitter, args.erase
@@ -466,8 +472,7 @@ def find_lr(model, loader, args, device, run=None):
     model.zero_grad(set_to_none=True)
     lr, smooth = suggest_lr(rates, losses)
     if run and RANK == 0:
-        with whole_file(run / "lr_find.csv") as temporary, open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows([("lr", "loss", "smoothed_loss"), *zip(rates, losses, smooth, strict=False)])
+        write_csv(run / "lr_find.csv", [("lr", "loss", "smoothed_loss"), *zip(rates, losses, smooth, strict=False)])
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         axes.plot(rates[: len(losses)], losses, color="0.8", label="loss of the batch")
         axes.plot(rates[: len(smooth)], smooth, label="smoothed")
@@ -516,10 +521,7 @@ def save_figure(figure, path):
 
 
 def write_history(run, history):
-    with whole_file(run / "epochs.csv") as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, history[0])
-        table.writeheader()
-        table.writerows(history)
+    write_csv(run / "epochs.csv", [history[0].keys(), *(row.values() for row in history)])
 
 
 def draw_curves(run, history, title):
@@ -670,16 +672,8 @@ def train_in(run, args, backbone, fold, settings):
     began, device = time.time(), choose_device()
     train, val, classes = split_pictures(args, fold)
     torch.manual_seed(args.seed)
-    model, origin, frozen = build_model(args, backbone, len(classes))
+    model, origin = build_model(args, backbone, len(classes))
     model.to(device)
-    if args.views == "auto":
-        views = 4 if frozen else 0
-        if frozen:
-            say("--views auto: the backbone is frozen, so 4 draws of each picture are run through it once and stored")
-    else:
-        views = args.views
-    if views and not frozen:
-        raise Problem("--views stores the features of a frozen backbone; this one is trained: use --finetune head", 2)
     originals = [picture for picture in train if not picture.is_copy]
     statistics = ("total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high")
     config = {
@@ -692,8 +686,7 @@ def train_in(run, args, backbone, fold, settings):
         "grid": model.grid,
         "image_size": model.image_size,
         "weights_origin": origin,
-        "finetune": "head" if frozen else "all",
-        "views": views,
+        "finetune": "head" if model.frozen else "all",
         "shuffle_labels": args.shuffle_labels,
         "classes": classes,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -710,7 +703,7 @@ def train_in(run, args, backbone, fold, settings):
     if RANK == 0:
         deeplcms.write_json(run / "config.json", before or config)
         draw_transformed(run, originals, classes, model, args)
-    loaders = make_loaders(model, train, val, classes, views, args, device)
+    loaders = make_loaders(model, train, val, classes, args, device)
     if args.lr == "auto":
         lr = before.get("lr") or find_lr(model, loaders["train"], args, device, run)
     else:
@@ -763,10 +756,9 @@ def tune(args, backbone):
     device = choose_device()
     train, val, classes = split_pictures(args)
     torch.manual_seed(args.seed)
-    model, origin, frozen = build_model(args, backbone, len(classes))
+    model, origin = build_model(args, backbone, len(classes))
     model.to(device)
-    views = (4 if frozen else 0) if args.views == "auto" else args.views
-    loaders = make_loaders(model, train, val, classes, views, args, device)
+    loaders = make_loaders(model, train, val, classes, args, device)
     fresh = copy.deepcopy(model.state_dict())
 
     folder = Path(args.out) / Path(args.data).resolve().name / backbone / "tune"
@@ -994,9 +986,8 @@ def main():
                     say(f"failed: {backbone}: {failures[backbone]}")
     if len(results) > 1:
         losses = np.array([config["best_val_loss"] for _, config in results])
-        say(
-            f"{len(results)} trainings: validation loss {losses.mean():.3f} +- {losses.std(ddof=1):.3f} (mean, deviation)"
-        )
+        spread = f"{losses.mean():.3f} +- {losses.std(ddof=1):.3f}"
+        say(f"{len(results)} trainings: best validation loss {spread} (mean, standard deviation)")
     if results:
         folders = " ".join(str(run) for run, _ in results) if len(results) < 4 else str(results[0][0].parents[1])
         say(f"next:\n  python evaluate.py {folders}\n  python explain.py {results[0][0]}")

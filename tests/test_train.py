@@ -172,8 +172,8 @@ def test_pretrained_weights_come_from_the_local_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     args = train.parse_arguments(["--backbone", "test_resnet", "--weights", "pretrained", "--data", "x"])
     args.sweep = False
-    model, origin, frozen = train.build_model(args, "test_resnet", 2)
-    assert "pretrained" in origin and frozen
+    model, origin = train.build_model(args, "test_resnet", 2)
+    assert "pretrained" in origin and model.frozen
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, source.state_dict()[name])
 

@@ -1,0 +1,52 @@
+"""The whole way on the command line: raw runs, pictures, a classifier, its verdict and its map."""
+
+import csv
+import json
+
+from conftest import TINY, call
+from PIL import Image
+
+
+def whole_way(folder, raw, samples, conversion, training):
+    """convert, train, evaluate, explain; returns (data set, run folder)."""
+    for script, *arguments in (
+        ("convert.py", raw, samples, "pictures", *conversion),
+        ("train.py", "--backbone", "test_resnet", "--data", "pictures", "--epochs", 2, "--lr", 0.01, *training),
+        ("evaluate.py",),
+        ("explain.py",),
+    ):
+        done = call(script, *arguments, cwd=folder)
+        assert done.returncode == 0, f"{script}: {done.stderr}"
+    run = folder / "runs" / "pictures" / "test_resnet" / "seed2643"
+    assert json.loads((run / "metrics.json").read_text())
+    assert (run / "explain" / "cam_grid.png").exists() and (run / "explain" / "regions.csv").exists()
+    return folder / "pictures", run
+
+
+def test_real_runs_go_the_whole_way(real_runs, tmp_path):
+    conversion = ["--test", 0.25, "--val", 0.25, "--bins", 200]
+    pictures, run = whole_way(tmp_path, real_runs, real_runs / "samples.csv", conversion, TINY)
+    pngs = sorted(pictures.glob("*/*/*.png"))
+    assert len(pngs) == 8
+    with Image.open(pngs[0]) as image:
+        assert image.size == (200, 200)
+        # the spinal cords were measured from 2501 to 4500 s at m/z 200-600
+        assert 41.6 < float(image.text["rt_min"]) < 41.8 and 74.9 < float(image.text["rt_max"]) < 75.1
+        assert float(image.text["mz_min"]) >= 200 and float(image.text["mz_max"]) <= 600
+    with open(run / "explain" / "regions.csv", newline="") as file:
+        for region in csv.DictReader(file):
+            assert 41.6 < float(region["rt_min"]) < float(region["rt_max"]) < 75.1
+
+
+def test_three_phenotypes_go_the_whole_way(demo, tmp_path):
+    with open(demo / "raw" / "samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        row["phenotype"] = "abc"[i % 3]
+    with open(tmp_path / "samples.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, ["sample_name", "phenotype"])
+        table.writeheader()
+        table.writerows(rows)
+    conversion = ["--bins", 64, "--rt-range", 1, 9, "--mz-range", 150, 800]
+    _, run = whole_way(tmp_path, demo / "raw", tmp_path / "samples.csv", conversion, TINY)
+    assert len(json.loads((run / "config.json").read_text())["classes"]) == 3
