@@ -216,7 +216,7 @@ def heat_maps(scores, layers, u, k, shape):
     return torch.cat(maps).numpy()
 
 
-def contribution_map(scores, u, of_class, k, steps=256, seed=0):
+def contribution_map(scores, u, of_class, k, steps=512, seed=0):
     """Expected gradients: what each pixel adds to score k on the way from another class's picture to one of class k.
 
     u (N, 3, size, size), of_class (N,) bool. Pairs of pictures are drawn at random and a point between them each; the
@@ -826,7 +826,7 @@ def parse_arguments(argv=None):
     )
     group.add_argument("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
     group.add_argument("--top", type=int, default=50, help="features of the ranking to confirm by blanking")
-    group.add_argument("--steps", type=int, default=256, help="gradients that a contribution averages; fewer vary more")
+    group.add_argument("--steps", type=int, default=512, help="gradients that a contribution averages; fewer vary more")
     group.add_argument("--seed", type=int, default=2643, help="of the pictures in the grid and the random map")
     args = parser.parse_args(argv)
     for flag, value, least in (("--n", args.n, 1), ("--top", args.top, 0), ("--steps", args.steps, 1)):

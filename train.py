@@ -535,6 +535,7 @@ def draw_curves(run, history, title):
     for axes in (left, right):
         axes.axvline(best["epoch"], color="0.6", linestyle="--", label=f"best epoch ({best['epoch']})")
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     left.set(ylabel="loss", ylim=(0, None), title="Loss")
     right.set(ylim=(0, 1.02), title="Validation")

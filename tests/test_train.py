@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -263,3 +264,14 @@ def test_wrong_use_ends_in_one_clear_line(demo, tmp_path, monkeypatch, capsys, a
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("train.py: ") and words in lines[-1]
     assert not list(tmp_path.glob("runs/demo/*/seed*/best.pt"))
+
+
+@pytest.mark.skipif("DEEPLCMS_SLOW" not in os.environ, reason="takes minutes; set DEEPLCMS_SLOW=1 to run it")
+@pytest.mark.parametrize("name", train.ARTICLE)
+def test_every_architecture_of_the_articles_table_1_trains(name):
+    """Built from its name, one step forward and one backward on two pictures, at a finite loss."""
+    model = deeplcms.Classifier(name, 2).train()
+    x = torch.rand(2, 3, model.image_size, model.image_size)
+    loss = deeplcms.loss_of(model(x), torch.tensor([0, 1]))
+    loss.backward()
+    assert torch.isfinite(loss) and model.head.weight.grad.abs().sum() > 0
