@@ -497,5 +497,5 @@ def test_demo_files(tmp_path):
     with open(tmp_path / "features.csv", newline="") as file:
         lines = list(csv.reader(file))
     table = [dict(zip(lines[4], line, strict=True)) for line in lines[5:]]
-    assert Counter(row["Ontology"] for row in table) == {"planted": 24, "background": 216}
+    assert Counter(row["Ontology"] for row in table) == {"planted": 30, "background": 210}
     assert table[0]["Metabolite name"].split()[0] in ("planted", "background")
