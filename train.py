@@ -259,6 +259,12 @@ def stored_features(model, pictures, pool, n_draws, what, args, device):
     return StoredFeatures(features[:, [row[picture.path] for picture in pictures.pictures]], pictures.labels)
 
 
+def augmentation(model, recipe, args):
+    """The training transform as the flags ask, for the picture size and colours of this model and data set."""
+    zero, strengths = recipe.zero_colour(), (args.rotate, args.color_jitter, args.erase)
+    return deeplcms.training_transform(model.image_size, model.mean, model.std, zero, *strengths)
+
+
 def make_loaders(model, train, val, classes, args, device):
     """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
@@ -271,10 +277,7 @@ def make_loaders(model, train, val, classes, args, device):
             say("--views auto: the backbone is frozen, so 4 draws of each picture are run through it once and stored")
     if views and not model.frozen:
         raise Problem("--views stores the features of a frozen backbone; this one is trained: use --finetune head", 2)
-    recipe = train[0].recipe
-    augmented = deeplcms.training_transform(
-        model.image_size, model.mean, model.std, recipe.zero_colour(), args.rotate, args.color_jitter, args.erase
-    )
+    augmented = augmentation(model, train[0].recipe, args)
     plain = deeplcms.evaluation_transform(model.image_size, model.mean, model.std)
     train_set = Pictures(train, classes, augmented, DRAW_SEED if views else args.seed)
     val_set = Pictures(val, classes, plain)
@@ -545,15 +548,7 @@ def draw_curves(run, history, title):
 
 def draw_transformed(run, pictures, classes, model, args):
     """Article, Figure 4: training pictures as the network sees them, draw 0."""
-    transform = deeplcms.training_transform(
-        model.image_size,
-        model.mean,
-        model.std,
-        pictures[0].recipe.zero_colour(),
-        args.rotate,
-        args.color_jitter,
-        args.erase,
-    )
+    transform = augmentation(model, pictures[0].recipe, args)
     shown = pictures[:: max(1, len(pictures) // 9)][:9]
     data = Pictures(shown, classes, transform, args.seed)
     figure, grid = plt.subplots(3, 3, figsize=(8, 8.6), layout="constrained")
