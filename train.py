@@ -449,7 +449,7 @@ def find_lr(model, loader, args, device, run=None):
     """Learning rate of steepest descent (Smith 2017, arXiv:1506.01186); leaves everything else as it was.
 
     The rate grows geometrically from 1e-7 to 1 over 100 batches, until the running mean of the loss exceeds
-    four times its best. Writes lr_find.csv and lr_find.png into `run`. Where the loss never falls the answer is 1e-3.
+    four times its best. Writes lr_find.csv and lr_find.png into `run`.
     """
     before = copy.deepcopy(model.state_dict())
     rates = np.geomspace(1e-7, 1, 100)
@@ -473,37 +473,40 @@ def find_lr(model, loader, args, device, run=None):
                 break
     model.load_state_dict(before)
     model.zero_grad(set_to_none=True)
-    lr, smooth = suggest_lr(rates, losses)
+    lr, reason, smooth = suggest_lr(rates, losses)
     if run and RANK == 0:
         write_csv(run / "lr_find.csv", [("lr", "loss", "smoothed_loss"), *zip(rates, losses, smooth, strict=False)])
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         axes.plot(rates[: len(losses)], losses, color="0.8", label="loss of the batch")
         axes.plot(rates[: len(smooth)], smooth, label="smoothed")
-        label = f"steepest descent: {lr:.2g}" if lr else "no descent: 1e-3 is taken"
-        axes.axvline(lr or 1e-3, color="tab:red", linestyle="--", label=label)
+        axes.axvline(lr, color="tab:red", linestyle="--", label=f"{lr:.2g}: {reason}")
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Learning-rate range test")
         axes.set_ylim(0, 4 * losses[0])
         axes.legend(loc="upper left")
         save_figure(figure, run / "lr_find.png")
-    if lr is None:
-        say("learning-rate range test: the loss does not fall at any rate; 1e-3 is taken")
-        return 1e-3
-    say(f"learning-rate range test: {lr:.2g} (steepest descent)")
+    say(f"learning-rate range test: {lr:.2g} ({reason})")
     return lr
 
 
 def suggest_lr(rates, losses):
-    """(rate at which the smoothed loss falls fastest along log(rate), or None if it never falls; the smoothed loss).
+    """(learning rate, why, smoothed loss): where the smoothed loss falls fastest along log(rate).
 
     Smoothed with a Gaussian of half a decade: centred, for a running mean lags behind and suggests too high a rate.
+    Only the first fall counts: what comes after the loss has risen again is the noise of a shaken network. A network
+    that starts at random may need more batches than these to learn anything: the loss then only rises, and the highest
+    rate that did no harm yet is taken.
     """
     losses = np.array([loss for loss in losses if math.isfinite(loss)])
     per_decade = (len(rates) - 1) / math.log10(rates[-1] / rates[0])
     smooth = gaussian_filter1d(losses, per_decade / 2, mode="nearest")
-    lowest = int(smooth.argmin())
-    if lowest == 0 or smooth[0] - smooth[lowest] < 0.02 * smooth[0]:
-        return None, smooth
-    return float(rates[np.gradient(smooth)[: lowest + 1].argmin()]), smooth
+    lowest = np.minimum.accumulate(smooth)
+    risen = np.flatnonzero(smooth - lowest > np.maximum((smooth[0] - lowest) / 2, 0.02 * smooth[0]))
+    valley = int(smooth[: risen[0] if len(risen) else None].argmin())
+    if smooth[0] - smooth[valley] > 0.02 * smooth[0]:
+        return float(rates[np.gradient(smooth)[: valley + 1].argmin()]), "steepest descent", smooth
+    if len(risen):
+        return float(rates[risen[0] - 1]), "no descent; the loss rises from here", smooth
+    return 1e-3, "the loss does not change; the usual rate", smooth
 
 
 def endless(loader):

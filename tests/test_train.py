@@ -75,12 +75,21 @@ def test_the_range_test_leaves_no_trace(demo, tmp_path):
     assert without_seconds(auto) == without_seconds(tmp_path / "given/demo/test_resnet/seed2643")
 
 
-def test_the_suggested_rate_lies_on_the_slope():
+def test_the_suggested_rate_lies_on_the_first_slope():
     rates = np.geomspace(1e-7, 1, 100)
-    losses = 0.7 - 0.5 / (1 + np.exp(-6 * (np.log10(rates) + 2))) + 5 * np.maximum(0, np.log10(rates) + 0.7)
-    lr, _ = train.suggest_lr(rates, losses)
-    assert 10**-2.5 < lr < 10**-1.5
-    assert train.suggest_lr(rates, np.full(100, 0.7))[0] is None
+    slope = 0.7 - 0.5 / (1 + np.exp(-6 * (np.log10(rates) + 2)))
+    rise = 5 * np.maximum(0, np.log10(rates) + 0.7)
+    noise = np.where(rates > 0.5, -3.0, 0)  # a network shaken by too high a rate may score well by chance
+    for losses in (slope + rise, slope + rise + noise):
+        lr, reason, _ = train.suggest_lr(rates, losses)
+        assert 10**-2.5 < lr < 10**-1.5 and reason == "steepest descent"
+
+
+def test_where_nothing_descends_the_rate_is_the_last_that_does_no_harm():
+    rates = np.geomspace(1e-7, 1, 100)
+    lr, reason, _ = train.suggest_lr(rates, 0.7 + 0.3 * np.maximum(0, np.log10(rates) + 2))
+    assert 3e-3 < lr < 3e-2 and "no descent" in reason
+    assert train.suggest_lr(rates, np.full(100, 0.7))[0] == 1e-3
 
 
 def test_killed_and_resumed_equals_uninterrupted(demo, tmp_path):
