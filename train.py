@@ -35,6 +35,8 @@ from pathlib import Path
 import huggingface_hub
 import matplotlib
 import numpy as np
+import optuna
+import sqlalchemy
 import timm
 import torch
 import torch.distributed as dist
@@ -72,6 +74,7 @@ OPTIMIZERS = {
     "rmsprop": torch.optim.RMSprop,
 }
 SCHEDULERS = ("cosine", "plateau")
+FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 DRAW_SEED = 2643  # of stored views: apart from --seed, so that repeats, folds and trials share them
 
 # ---------------------------------------------------------------- the processes of torchrun
@@ -742,44 +745,66 @@ def train_in(run, args, backbone, fold, settings):
 # ---------------------------------------------------------------- tuning
 
 
+class EveryCombinationFirst(optuna.samplers.TPESampler):
+    """Optuna's TPE sampler, but the first eight trials are the eight combinations of optimizer and scheduler.
+
+    The number of a trial is its own in every process that shares the study: no two of them take the same combination.
+    One that a killed process left behind is made up for.
+    """
+
+    combinations = [{"optimizer": o, "scheduler": s} for o in OPTIMIZERS for s in SCHEDULERS]
+
+    def sample_independent(self, study, trial, name, distribution):
+        if trial.number < len(self.combinations):
+            return self.combinations[trial.number][name]
+        tried = [done.params for done in study.get_trials(deepcopy=False, states=FINISHED)]
+        missing = [c for c in self.combinations if c not in tried and trial.params.items() <= c.items()]
+        return missing[0][name] if missing else super().sample_independent(study, trial, name, distribution)
+
+
+def open_study(storage, name, sampler, pruner):
+    """The study of that name in the database, made if it is not there; Problem if there is no such database."""
+    for attempt in range(5):
+        try:
+            return optuna.create_study(
+                study_name=name, storage=storage, sampler=sampler, pruner=pruner, load_if_exists=True
+            )
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+            reason = str(error).partition("\n")[0]
+            time.sleep(attempt)  # two processes that make one database at the same time get in each other's way
+    raise Problem(f"--storage {storage}: {reason}", 2)
+
+
 def tune(args, backbone):
     """Optuna over optimizer x scheduler (article, "Hyperparameter optimisation"), best validation loss as objective.
 
     The first eight trials are the eight combinations; later ones are the sampler's. Trials are pruned at the median,
     share the stored features of a frozen backbone, and write no checkpoints: the command printed at the end does.
     """
-    import optuna
     import optuna.visualization.matplotlib as draw
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    device = choose_device()
     train, val, classes = split_pictures(args)
+    folder = Path(args.out) / Path(args.data).resolve().name / backbone / "tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(
+        args.storage or f"sqlite:///{folder}/study.db",
+        f"{Path(args.data).resolve().name}-{backbone}-seed{args.seed}",
+        EveryCombinationFirst(seed=args.seed),
+        optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5)),
+    )
+
+    device = choose_device()
     torch.manual_seed(args.seed)
     model, origin = build_model(args, backbone, len(classes))
     model.to(device)
     loaders = make_loaders(model, train, val, classes, args, device)
     fresh = copy.deepcopy(model.state_dict())
 
-    folder = Path(args.out) / Path(args.data).resolve().name / backbone / "tune"
-    folder.mkdir(parents=True, exist_ok=True)
-    storage = args.storage or f"sqlite:///{folder}/study.db"
-    space = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
-    study = optuna.create_study(
-        study_name=f"{Path(args.data).resolve().name}-{backbone}-seed{args.seed}",
-        storage=storage,
-        load_if_exists=True,
-        direction="minimize",
-        sampler=optuna.samplers.TPESampler(seed=args.seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5)),
-    )
-    for name in space["optimizer"]:
-        for scheduler in space["scheduler"]:
-            study.enqueue_trial({"optimizer": name, "scheduler": scheduler}, skip_if_exists=True)
-
     def objective(trial):
         trial_args = copy.copy(args)
-        trial_args.optimizer = trial.suggest_categorical("optimizer", space["optimizer"])
-        trial_args.scheduler = trial.suggest_categorical("scheduler", space["scheduler"])
+        trial_args.optimizer = trial.suggest_categorical("optimizer", list(OPTIMIZERS))
+        trial_args.scheduler = trial.suggest_categorical("scheduler", list(SCHEDULERS))
         model.load_state_dict(fresh)
         lr = find_lr(model, loaders["train"], trial_args, device) if args.lr == "auto" else args.lr
         trial.set_user_attr("lr", lr)
@@ -793,9 +818,8 @@ def tune(args, backbone):
         history = fit(model, loaders, trial_args, device, lr, after_epoch=report)
         return min(row["val_loss"] for row in history)
 
-    done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    limit = optuna.study.MaxTrialsCallback(args.tune, states=done)
-    if len(study.get_trials(states=done)) < args.tune:
+    limit = optuna.study.MaxTrialsCallback(args.tune, states=FINISHED)
+    if len(study.get_trials(states=FINISHED)) < args.tune:
         study.optimize(objective, callbacks=[limit], catch=(Problem,))
     with whole_file(folder / "trials.csv") as temporary:
         study.trials_dataframe().to_csv(temporary, index=False)

@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import optuna
 import pytest
 import timm
 import torch
@@ -237,6 +238,22 @@ def test_tuning_covers_the_eight_combinations_in_eight_trials(demo, tmp_path):
     trials = rows_of(tmp_path / "runs/demo/pixels/tune/trials.csv")
     assert len({(t["params_optimizer"], t["params_scheduler"]) for t in trials}) == 8 == len(trials)
     assert "--optimizer" in done.stdout.splitlines()[-1]
+
+
+def test_two_processes_share_one_study_without_losing_a_trial(demo, tmp_path):
+    arguments = ["--backbone", "pixels", "--data", demo, "--epochs", 2, "--lr", 0.01, "--tune", 8, *TINY]
+    arguments += ["--storage", "sqlite:///shared.db"]
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **options) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/shared.db")
+    finished = [trial for trial in study.trials if trial.state.is_finished()]
+    assert len(finished) >= 8 and not [trial for trial in finished if trial.state.name == "FAIL"]
+    assert {trial.number for trial in study.trials} == set(range(len(study.trials)))
+    assert len({tuple(trial.params.values()) for trial in finished}) == 8
 
 
 def test_shuffled_labels_follow_the_parent_and_keep_the_counts(demo):
