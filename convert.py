@@ -702,8 +702,6 @@ def write_mzml(path, scans):
         experiment.addSpectrum(spectrum)
     options, file = pyopenms.PeakFileOptions(), pyopenms.MzMLFile()
     options.setCompression(True)
-    options.setMz32Bit(False)
-    options.setIntensity32Bit(True)
     file.setOptions(options)
     with whole_file(path) as temporary:
         file.store(str(temporary), experiment)

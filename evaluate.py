@@ -378,16 +378,15 @@ def warnings_of(statistics, cohort):
         return ""  # pictures without statistics, made by another program: nothing to compare with
     medians = {name: np.median(cohort[name]) for name in WATCHED}
     rt, mz = medians["rt_last"] - medians["rt_first"], medians["mz_high"] - medians["mz_low"]
-    floors = dict(zip(WATCHED, (0.5, 0.05, 0.1 * rt, 0.1 * rt, 0.1 * mz, 0.1 * mz), strict=True))
-    warnings = []
-    for name, (text, form) in WATCHED.items():
+    floors, warnings = (0.5, 0.05, 0.1 * rt, 0.1 * rt, 0.1 * mz, 0.1 * mz), []
+    for (name, (text, form)), floor in zip(WATCHED.items(), floors, strict=True):
         values = np.array([statistics[name], *cohort[name]])
         if name == "total_intensity":
             values = np.log10(np.maximum(values, 1e-9))
         deviations = np.abs(values - np.median(values[1:]))
-        if deviations[0] > max(4 * 1.4826 * np.median(deviations[1:]), floors[name]):
-            median = form.format(medians[name])
-            warnings.append(f"{text.format(form.format(statistics[name]))} (training median {median})")
+        if deviations[0] > max(4 * 1.4826 * np.median(deviations[1:]), floor):
+            found, usual = form.format(statistics[name]), form.format(medians[name])
+            warnings.append(f"{text.format(found)} (training median {usual})")
     return "; ".join(warnings)
 
 
@@ -666,9 +665,8 @@ def main():
     args = make_parser().parse_args()
     runs = runs_below(args.runs) if args.runs else [deeplcms.find_run()]
     if len(runs) > 1:
-        for flag, given in (("--predict", args.predict), ("--data", args.data)):
-            if given:
-                raise Problem(f"{flag} takes one run, not {len(runs)}", 2)
+        if args.predict or args.data:
+            raise Problem(f"{'--predict' if args.predict else '--data'} takes one run, not {len(runs)}", 2)
         if args.split != "test" or args.threshold != 0.5:
             raise Problem("--split and --threshold take one run; many are compared by their validation split", 2)
         return compare(runs, args.out)
