@@ -84,6 +84,11 @@ def write_csv(path, rows):
         csv.writer(file).writerows(rows)
 
 
+def write_rows(path, rows):
+    """Write dicts as such a table; the keys of the first one are its columns."""
+    write_csv(path, [rows[0].keys(), *([row[column] for column in rows[0]] for row in rows)])
+
+
 def first_few(names, n=5):
     """'a, b, c and 7 more'"""
     names = sorted(map(str, names))
@@ -111,9 +116,8 @@ class Recipe:
     colormap: str = "jet"
 
     def to_text(self):
-        """The recipe as the strings of a PNG's text chunks; repr keeps every digit of the axes."""
-        text = {name: repr(value) if isinstance(value, float) else str(value) for name, value in asdict(self).items()}
-        return text | {"bins": f"{self.bins[0]} {self.bins[1]}"}
+        """The recipe as the strings of a PNG's text chunks; str keeps every digit of the axes."""
+        return {name: str(value) for name, value in asdict(self).items()} | {"bins": "{} {}".format(*self.bins)}
 
     @classmethod
     def from_text(cls, text):
@@ -201,33 +205,25 @@ def read_run(path, add, min_intensity=0.0):
     low, high = np.full(2, np.inf), np.full(2, -np.inf)  # minutes, m/z
 
     def take(spectrum):
-        if not spectrum.isSorted():
-            spectrum.sortByPosition()
-        rt, (mz, intensity) = spectrum.getRT() / 60, spectrum.get_peaks()
-        kept = intensity >= min_intensity
-        if not kept.all():
-            mz, intensity = mz[kept], intensity[kept]
-        seen["n_scans"] += 1
-        if len(mz):
-            seen["n_peaks"] += len(mz)
-            seen["total_intensity"] += float(intensity.sum(dtype=np.float64))
-            np.minimum(low, (rt, mz[0]), out=low)
-            np.maximum(high, (rt, mz[-1]), out=high)
-            add(rt, mz, intensity)
-
-    def consume(spectrum):
         try:
-            take(spectrum)
+            if not spectrum.isSorted():
+                spectrum.sortByPosition()
+            rt, (mz, intensity) = spectrum.getRT() / 60, spectrum.get_peaks()
+            kept = intensity >= min_intensity
+            mz, intensity = mz[kept], intensity[kept]
+            seen["n_scans"] += 1
+            if len(mz):
+                seen["n_peaks"] += len(mz)
+                seen["total_intensity"] += float(intensity.sum(dtype=np.float64))
+                np.minimum(low, (rt, mz[0]), out=low)
+                np.maximum(high, (rt, mz[-1]), out=high)
+                add(rt, mz, intensity)
         except BaseException as error:  # pyopenms would swallow it, Ctrl-C included
             interrupted.append(error)
             raise
 
-    def ignore(*_):
-        pass
-
-    consumer = SimpleNamespace(
-        consumeSpectrum=consume, consumeChromatogram=ignore, setExpectedSize=ignore, setExperimentalSettings=ignore
-    )
+    ignored = ("consumeChromatogram", "setExpectedSize", "setExperimentalSettings")
+    consumer = SimpleNamespace(consumeSpectrum=take, **dict.fromkeys(ignored, lambda *_: None))
     options = pyopenms.PeakFileOptions()
     options.setMSLevels([1])
     options.setSortSpectraByMZ(False)  # done above, where it is needed
@@ -269,10 +265,9 @@ def quiet_pyopenms():
 
 def reason_of(error, said):
     """The useful part of a pyopenms error, whose exception says that parsing failed and whose print says why."""
-    found = re.search(r"While loading '.*': (.+?)(?:\s*\( in (line \d+).*)?$", said, re.MULTILINE)
-    return (
-        f"parse error in {found[2] or 'the file'}: {found[1]}" if found else str(error).split(" in: ")[0].strip("-: ")
-    )
+    if found := re.search(r"While loading '.*': (.+?)(?:\s*\( in (line \d+).*)?$", said, re.MULTILINE):
+        return f"parse error in {found[2] or 'the file'}: {found[1]}"
+    return str(error).split(" in: ")[0].strip("-: ")
 
 
 # ---------------------------------------------------------------- shifted copies, and the PNGs of one run
@@ -409,8 +404,7 @@ def read_samples(path, group_by=None):
                 raise Problem(f"{path}, row {line}: {column} {value!r} cannot name a file or folder", 2)
         if group_by and not (row[group_by] or "").strip():
             raise Problem(f"{path}, row {line}: no value in --group-by column '{group_by}'", 2)
-    twice = [name for name, n in Counter(row["sample_name"] for row in rows).items() if n > 1]
-    if twice:
+    if twice := [name for name, n in Counter(row["sample_name"] for row in rows).items() if n > 1]:
         raise Problem(f"{path}: {len(twice)} sample names appear more than once: {first_few(twice)}", 2)
     spellings = defaultdict(set)
     for row in rows:
@@ -444,12 +438,11 @@ def find_runs(raw_dir):
 
 def split_counts(sizes, fraction):
     """How many of each class to take: ceil(fraction * all) in all, shared out by largest remainder."""
-    total, n = sum(sizes.values()), math.ceil(fraction * sum(sizes.values()) - 1e-9)
-    exact = {label: n * size / total for label, size in sizes.items()}
-    counts = {label: int(share) for label, share in exact.items()}
+    n = math.ceil(fraction * sizes.total() - 1e-9)
+    exact = {label: n * size / sizes.total() for label, size in sizes.items()}
+    counts = Counter({label: int(share) for label, share in exact.items()})
     by_remainder = sorted(exact, key=lambda label: (counts[label] - exact[label], label))
-    for label in by_remainder[: n - sum(counts.values())]:
-        counts[label] += 1
+    counts.update(by_remainder[: n - counts.total()])
     return counts
 
 
@@ -461,10 +454,10 @@ def assign_splits(rows, test, val, seed, group_by=None):
     """
     sizes = Counter(row["phenotype"] for row in rows)
     wanted = {"test": split_counts(sizes, test)}
-    rest = {label: n - wanted["test"][label] for label, n in sizes.items()}
+    rest = sizes - wanted["test"]
     wanted["val"] = split_counts(rest, val)
-    wanted["train"] = {label: n - wanted["val"][label] for label, n in rest.items()}
-    missing = {split: dict(counts) for split, counts in wanted.items()}
+    wanted["train"] = rest - wanted["val"]
+    missing = {split: Counter(counts) for split, counts in wanted.items()}
 
     groups = defaultdict(list)
     for i, row in enumerate(rows):
@@ -488,12 +481,10 @@ def check_splits(rows, group_by):
             raise Problem(f"split of sample {row['sample_name']!r} is {row['split']!r}; use train, val or test", 2)
         if group_by:
             homes[row[group_by]].add(row["split"])
-    torn = [group for group, splits in homes.items() if len(splits) > 1]
-    if torn:
+    if torn := [group for group, splits in homes.items() if len(splits) > 1]:
         raise Problem(f"{len(torn)} groups of column '{group_by}' lie in more than one split: {first_few(torn)}", 2)
     for split in SPLITS:
-        absent = {row["phenotype"] for row in rows} - {row["phenotype"] for row in rows if row["split"] == split}
-        if absent:
+        if absent := {row["phenotype"] for row in rows} - {row["phenotype"] for row in rows if row["split"] == split}:
             advice = "raise --test or --val, or give a 'split' column" + ", or smaller groups" * bool(group_by)
             raise Problem(f"the {split} split has no run of {first_few(absent)} ({len(rows)} runs in all): {advice}", 2)
 
@@ -546,15 +537,17 @@ def find_axes(runs, args):
     boxes = np.array([results[name] for name in results.keys() - failures.keys()])
     if not len(boxes):
         raise Problem(f"none of the {len(runs)} runs could be read; the first: {next(iter(failures.values()))}")
-    (rt_min, _, mz_min, _), (_, rt_max, _, mz_max) = boxes.min(axis=0).tolist(), boxes.max(axis=0).tolist()
     box = []
-    for low, high in ((rt_min, rt_max), (mz_min, mz_max)):
+    for low, high in zip(boxes.min(axis=0).tolist()[::2], boxes.max(axis=0).tolist()[1::2], strict=True):
         box += [low, high] if low < high else [low - 0.5, high + 0.5]  # one scan or one m/z: as numpy.histogram2d does
     return [found if value is None else value for value, found in zip(given, box, strict=True)], failures
 
 
 def read_cohort(args):
-    """Rows of the sample table with their splits, and {sample name: path}; what has no partner is counted and named."""
+    """(rows of the sample table, those that have a file, with their splits, {sample name: path}).
+
+    What has no partner is counted and named.
+    """
     rows, runs = read_samples(args.samples, args.group_by), find_runs(args.raw_dir)
     names = {row["sample_name"] for row in rows}
     if extra := runs.keys() - names:
@@ -567,14 +560,13 @@ def read_cohort(args):
     if "split" not in rows[0]:
         assign_splits(present, args.test, args.val, args.seed, args.group_by)
     check_splits(present, args.group_by)
-    return rows, {row["sample_name"]: runs[row["sample_name"]] for row in present}
+    return rows, present, {row["sample_name"]: runs[row["sample_name"]] for row in present}
 
 
 def convert(args):
     """Convert the runs of args.raw_dir listed in args.samples into args.out_dir; returns the exit status."""
     out_dir = Path(args.out_dir)
-    rows, runs = read_cohort(args)
-    present = [row for row in rows if row["sample_name"] in runs]
+    rows, present, runs = read_cohort(args)
     settings = {key: getattr(args, key) for key in (*PICTURE_SETTINGS, *OTHER_SETTINGS)}
     settings["samples"] = {row["sample_name"]: f"{row['split']}/{row['phenotype']}" for row in present}
     axes, failures = check_settings(out_dir, settings), {}
@@ -606,19 +598,18 @@ def convert(args):
 
 def report(out_dir, rows, recipe, statistics, failures, group_by):
     """Write samples.csv, one line a row of the sample table, and print the summary."""
-    lines = [["sample_name", "phenotype", "split", "group", "status", *STATISTICS]]
+    columns, table = ("sample_name", "phenotype", "split", "group", "status", *STATISTICS), []
     for row in rows:
         name = row["sample_name"]
         status = "ok" if name in statistics else f"failed: {failures[name]}" if name in failures else "no file"
-        line = row | {"group": row[group_by] if group_by else "", "status": status} | statistics.get(name, {})
-        lines.append([line.get(column, "") for column in lines[0]])
-    write_csv(out_dir / "samples.csv", lines)
+        values = row | {"group": row[group_by] if group_by else "", "status": status} | statistics.get(name, {})
+        table.append({column: values.get(column, "") for column in columns})
+    write_rows(out_dir / "samples.csv", table)
 
     box = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} min, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
     n_bins = f"{recipe.bins[0]} x {recipe.bins[1]} bins"
     print(f"{len(statistics)} of {len(statistics) + len(failures)} runs in {out_dir}: {box}, {n_bins}")
-    cut = [name for name, values in statistics.items() if float(values["outside"]) > 0.01]
-    if cut:
+    if cut := [name for name, values in statistics.items() if float(values["outside"]) > 0.01]:
         print(f"warning: more than 1 % of the intensity lies outside the axes in {len(cut)} runs: {first_few(cut)}")
     for name in sorted(failures):
         print(f"left out: {failures[name]}", file=sys.stderr)
@@ -684,14 +675,10 @@ def simulate_run(rng, compounds, lines, exposed):
             add(window, ion, level * rng.lognormal(0, 1) * np.hanning(len(window) + 2)[1:-1])
     window = np.flatnonzero(times > 60 * 9.2)
     for unit in range(12):
-        add(
-            window,
-            327.2 + 44.0262 * unit,
-            4e5 * np.exp(-0.5 * ((unit - 5) / 3) ** 2) * rng.lognormal(0, 0.1, len(window)),
-        )
-    add(
-        rng.integers(0, n, 40 * n), rng.uniform(*DEMO_MZ, 40 * n), rng.lognormal(np.log(2e3), 0.7, 40 * n)
-    )  # electronic
+        level = 4e5 * np.exp(-0.5 * ((unit - 5) / 3) ** 2)
+        add(window, 327.2 + 44.0262 * unit, level * rng.lognormal(0, 0.1, len(window)))
+    m = 40 * n  # electronic noise
+    add(rng.integers(0, n, m), rng.uniform(*DEMO_MZ, m), rng.lognormal(np.log(2e3), 0.7, m))
 
     scan, mz, height = map(np.concatenate, (scan, mz, height))
     mz = mz * (1 + 1e-6 * (ppm + rng.normal(0, 2, len(mz))))
@@ -715,8 +702,6 @@ def write_mzml(path, scans):
         experiment.addSpectrum(spectrum)
     options, file = pyopenms.PeakFileOptions(), pyopenms.MzMLFile()
     options.setCompression(True)
-    options.setMz32Bit(False)
-    options.setIntensity32Bit(True)
     file.setOptions(options)
     with whole_file(path) as temporary:
         file.store(str(temporary), experiment)
@@ -739,14 +724,13 @@ def write_demo(out_dir, n_runs, seed, workers):
     if made.exists() and made.read_text() != asked:
         raise Problem(f"{raw_dir} holds another cohort, {made.read_text()}: use another folder or delete this one", 2)
     made.write_text(asked)
-    cohort = {f"run{i:03d}": bool(i % 2) for i in range(n_runs)}
-    tasks = {name: (raw_dir / f"{name}.mzML", seed, i, exposed) for i, (name, exposed) in enumerate(cohort.items())}
-    tasks = {name: arguments for name, arguments in tasks.items() if not arguments[0].exists()}
+    paths = [raw_dir / f"run{i:03d}.mzML" for i in range(n_runs)]
+    tasks = {path.name: (path, seed, i, bool(i % 2)) for i, path in enumerate(paths) if not path.exists()}
     for _, result in for_each(write_demo_run, tasks, workers, "writing mzML"):
         if isinstance(result, Problem):
             raise result
-    samples = [(name, DEMO_PHENOTYPES[exposed]) for name, exposed in cohort.items()]
-    write_csv(raw_dir / "samples.csv", [("sample_name", "phenotype"), *samples])
+    samples = [{"sample_name": path.stem, "phenotype": DEMO_PHENOTYPES[i % 2]} for i, path in enumerate(paths)]
+    write_rows(raw_dir / "samples.csv", samples)
 
     compounds = demo_compounds(np.random.default_rng([seed, 0]))
     columns = ["Alignment ID", "Average Rt(min)", "Average Mz", "Metabolite name", "Adduct type", "Fill %"]
@@ -782,9 +766,8 @@ def parse_arguments(argv=None):
     add("--bins", type=int, nargs="+", default=[500], metavar="N", help="one number for both axes, or time and m/z")
     add("--rt-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="minutes (default: holds every run)")
     add("--mz-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="m/z (default: holds every run)")
-    add(
-        "--normalize", choices=["rt", "global"], default="rt", help="divide by the highest bin of a time, or of the run"
-    )
+    text = "divide by the highest bin of a time, or of the run"
+    add("--normalize", choices=["rt", "global"], default="rt", help=text)
     add("--min-intensity", type=float, default=0.0, metavar="I", help="leave weaker peaks out")
     add("--sigma", type=float, default=2.0, metavar="BINS", help="width of the Gaussian filter; 0 = off")
     add("--colormap", default="jet", metavar="NAME", help="any matplotlib colormap")
@@ -817,8 +800,6 @@ def check_arguments(args):
     import matplotlib
 
     args.bins = args.bins * 2 if len(args.bins) == 1 else args.bins
-    n_shifts = (2 * args.max_shift + 1) ** 2 - 1
-    lowest = {"runs": 8, "workers": 1, "augment": 0, "max_shift": 0, "seed": 0, "sigma": 0, "min_intensity": 0}
     if args.out_dir is None:
         raise Problem("needs RAW_DIR, SAMPLES.csv and OUT_DIR (or --demo); see --help", 2)
     if len(args.bins) != 2 or min(args.bins) < 1:
@@ -830,15 +811,15 @@ def check_arguments(args):
     for flag in ("test", "val"):
         if not 0 < getattr(args, flag) < 1:
             raise Problem(f"--{flag} {getattr(args, flag):g} must lie between 0 and 1", 2)
+    lowest = {"runs": 8, "workers": 1, "augment": 0, "max_shift": 0, "seed": 0, "sigma": 0, "min_intensity": 0}
     for flag, low in lowest.items():
         if not low <= getattr(args, flag) < math.inf:
             raise Problem(f"--{flag.replace('_', '-')} {getattr(args, flag):g} must be at least {low}", 2)
-    if args.augment and not args.augment <= n_shifts:
-        raise Problem(
-            f"--augment {args.augment}: --max-shift {args.max_shift} allows only {n_shifts} different shifts", 2
-        )
-    if args.augment and not args.max_shift < min(args.bins):
-        raise Problem(f"--max-shift {args.max_shift} must be smaller than --bins {min(args.bins)}", 2)
+    max_shift, n_shifts = f"--max-shift {args.max_shift}", (2 * args.max_shift + 1) ** 2 - 1
+    if args.augment > n_shifts:
+        raise Problem(f"--augment {args.augment}: {max_shift} allows only {n_shifts} different shifts", 2)
+    if args.augment and args.max_shift >= min(args.bins):
+        raise Problem(f"{max_shift} must be smaller than --bins {min(args.bins)}", 2)
     if args.colormap not in matplotlib.colormaps:
         raise Problem(f"--colormap {args.colormap!r} is not a matplotlib colormap", 2)
 

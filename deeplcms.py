@@ -301,17 +301,20 @@ def roc_auc(positive, score):
     return float((rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def called_class(probabilities, threshold=0.5):
+    """Class index (N,) of probabilities (N, K): of two, class 1 from `threshold` on; of more, the most probable."""
+    return (probabilities[:, 1] >= threshold).astype(int) if probabilities.shape[1] == 2 else probabilities.argmax(1)
+
+
 def metrics_of(labels, probabilities, threshold=0.5):
     """Confusion counts and metrics of probabilities (N, K); undefined ones are nan.
 
-    Two classes: precision, recall and F1 are of class 1, called where its probability is at least `threshold`. More:
-    the class of highest probability is called and the metrics are macro-averaged.
+    Two classes: precision, recall and F1 are of class 1. More: macro-averaged.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     n_classes = probabilities.shape[1]
-    called = (probabilities[:, 1] >= threshold).astype(int) if n_classes == 2 else probabilities.argmax(1)
     confusion = np.zeros((n_classes, n_classes), int)  # (true, called)
-    np.add.at(confusion, (labels, called), 1)
+    np.add.at(confusion, (labels, called_class(probabilities, threshold)), 1)
     with np.errstate(invalid="ignore"):
         hits = np.diag(confusion)
         recall, precision = hits / confusion.sum(1), hits / confusion.sum(0)

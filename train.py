@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import deeplcms
-from convert import HelpFormatter, Problem, run_script, whole_file, write_csv
+from convert import HelpFormatter, Problem, run_script, whole_file, write_csv, write_rows
 from deeplcms import Classifier, Pictures, choose_device, load_checkpoint, loss_of, metrics_of, probabilities_of
 
 matplotlib.use("Agg")
@@ -421,7 +421,7 @@ def fit(model, loaders, args, device, lr, run=None, facts=None, start=None, afte
             states = {name: part.state_dict() for name, part in states.items()}
             states |= {"model": trained_weights(model), "best_weights": best_weights, "history": history}
             deeplcms.save_checkpoint(run / "last.pt", states)
-            write_history(run, history)
+            write_rows(run / "epochs.csv", history)
         say(
             f"epoch {epoch:3d}/{args.epochs}  train loss {train_loss:.3f}  validation loss {val_loss:.3f}  "
             f"accuracy {val['accuracy']:.3f}  F1 {val['f1']:.3f}  AUC {val['roc_auc']:.3f}  {row['seconds']:.1f} s"
@@ -527,10 +527,6 @@ def save_figure(figure, path):
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
-
-
-def write_history(run, history):
-    write_csv(run / "epochs.csv", [history[0].keys(), *(row.values() for row in history)])
 
 
 def draw_curves(run, history, title):
@@ -732,7 +728,7 @@ def train_in(run, args, backbone, fold, settings):
     config["seconds"] = round(sum(row["seconds"] for row in history), 1)
     config["total_seconds"] = round(time.time() - began, 1)
     if RANK == 0:
-        write_history(run, history)
+        write_rows(run / "epochs.csv", history)
         draw_curves(run, history, f"{backbone}, {origin}" + (", shuffled labels" if args.shuffle_labels else ""))
         deeplcms.write_json(run / "config.json", config)
     say(

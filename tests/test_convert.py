@@ -208,6 +208,22 @@ def test_218_and_80_runs_split_214_54_30_stratified():
     assert again == [{"phenotype": row["phenotype"], "split": row["split"]} for row in rows]
 
 
+def test_another_seed_gives_another_split_and_the_same_seed_the_same(tmp_path):
+    raw, samples = tmp_path / "raw", tmp_path / "samples.csv"
+    raw.mkdir()
+    convert.write_csv(samples, [("sample_name", "phenotype"), *((f"r{i:02d}", "ab"[i % 2]) for i in range(40))])
+    for i in range(40):
+        (raw / f"r{i:02d}.mzML").touch()
+
+    def split(*flags):
+        _, present, _ = convert.read_cohort(convert.parse_arguments([str(raw), str(samples), "out", *flags]))
+        return {row["sample_name"]: row["split"] for row in present}
+
+    assert split("--seed", "1") == split("--seed", "1") != split("--seed", "2")
+    assert split() == split("--seed", "2643")
+    assert Counter(split("--seed", "1").values()) == Counter(split("--seed", "2").values())
+
+
 def test_rows_of_one_group_land_in_one_split():
     rows = [{"sample_name": i, "phenotype": "ab"[i % 2], "subject": f"s{i // 3}"} for i in range(90)]
     convert.assign_splits(rows, 0.1, 0.2, 1, "subject")
