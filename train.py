@@ -540,7 +540,7 @@ def endless(loader):
 
 def save_figure(figure, path):
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=120, pil_kwargs={"compress_level": 1})
     plt.close(figure)
 
 
@@ -551,7 +551,7 @@ def write_history(run, history):
 def draw_curves(run, history, title):
     epochs = [row["epoch"] for row in history]
     best = min(history, key=lambda row: row["val_loss"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), gridspec_kw={"left": 0.07, "right": 0.98})
     for name, label in (("train_loss", "training"), ("val_loss", "validation")):
         left.plot(epochs, [row[name] for row in history], marker=".", label=label)
     for name, label in (("val_accuracy", "accuracy"), ("val_f1", "F1"), ("val_roc_auc", "ROC AUC")):
@@ -572,13 +572,16 @@ def draw_transformed(run, pictures, classes, model, args):
     transform = augmentation(model, pictures[0].recipe, args)
     shown = pictures[:: max(1, len(pictures) // 9)][:9]
     data = Pictures(shown, classes, transform, args.seed)
-    figure, grid = plt.subplots(3, 3, figsize=(8, 8.6), layout="constrained")
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, picture, (x, _) in zip(grid.flat, shown, data, strict=False):
+    figure = plt.figure(figsize=(8, 8.6))
+    axes = figure.add_axes([0.02, 0.02, 0.96, 0.91])  # one for all pictures: this is drawn for every fold
+    axes.axis("off")
+    for k, (picture, (x, _)) in enumerate(zip(shown, data, strict=False)):
         image = x.permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
-        axes.imshow(image.clip(0, 1))
-        axes.set_title(f"{picture.sample_name[:24]} ({picture.phenotype})", fontsize=9)
+        left, top = 1.05 * (k % 3), 1.1 * (k // 3)
+        axes.imshow(image.clip(0, 1), extent=(left, left + 1, top + 1, top))
+        title = f"{picture.sample_name[:24]} ({picture.phenotype})"
+        axes.text(left + 0.5, top - 0.02, title, ha="center", fontsize=9)
+    axes.set(xlim=(0, 3.1), ylim=(3.2, 0))
     figure.suptitle("Training pictures as the network sees them")
     save_figure(figure, run / "transformed_grid.png")
 
