@@ -2,6 +2,8 @@
 
 python tests/benchmark.py convert                # about five minutes: a run of 140 MB, converted several times
 python tests/benchmark.py convert --repeats 3 --scans 600
+python tests/benchmark.py views                  # about five minutes: fresh views against stored features
+python tests/benchmark.py views --backbone mobileone_s3 --image-size 128
 """
 
 import argparse
@@ -152,6 +154,69 @@ def benchmark_convert(args):
             row(f"  {threads} OpenMP threads: wall, processor time / wall", f"{wall:.2f} s", f"{cpu / wall:.2f}")
 
 
+# ---------------------------------------------------------------- stored features
+
+
+def benchmark_views(args):
+    import timm
+    import torch
+
+    import deeplcms
+    import train
+
+    root, epochs, fresh_epochs = Path(train.__file__).parent, 50, 3
+    with tempfile.TemporaryDirectory() as folder:
+        data, weights, runs = (Path(folder) / name for name in ("demo", "weights.pt", "runs"))
+        command = [root / "convert.py", "--demo", data, "--runs", args.runs, "--augment", 9, "--bins", 128]
+        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+        torch.save(timm.create_model(args.backbone).state_dict(), weights)  # the same backbone for every seed
+        flags = ["--backbone", args.backbone, "--data", data, "--weights", weights, "--out", runs, "--lr", 0.006]
+        flags += ["--image-size", args.image_size, "--finetune", "head", "--patience", epochs]
+
+        def training(*more):
+            """Seconds of one command, start included."""
+            command = [sys.executable, root / "train.py", *flags, *more]
+            return seconds(lambda: subprocess.run([*map(str, command)], check=True, capture_output=True))
+
+        settings = train.parse_arguments([*map(str, flags), "--views", "4", "--folds", "5"])
+        settings.sweep, device = True, deeplcms.choose_device()
+        pictures = deeplcms.find_pictures(data, ("train", "val"))
+        split, val, classes = train.split_pictures(pictures, settings, fold=0)
+        model = train.build_model(settings, args.backbone, len(classes))[0].to(device)
+        originals = sum(not picture.is_copy for picture in pictures["train"] + pictures["val"])
+        n = 4 * len(pictures["train"] + pictures["val"]) + originals
+        print(f"{args.backbone}, {args.image_size} x {args.image_size}, {len(pictures['train'])} training pictures\n")
+        extraction = seconds(train.make_loaders, model, split, val, pictures, classes, settings, device)
+
+        fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
+        batch = torch.rand(32, 3, model.image_size, model.image_size, device=device)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+
+        def forward(n_batches):
+            with torch.inference_mode(), train.autocast(settings, device):
+                for _ in range(n_batches):
+                    fast.features(batch).float().cpu()
+
+        forward(1)
+        bare = seconds(forward, n // 64) / (n // 64 * 32)
+        row("pictures a second through the extraction, decoding and draws included", f"{n / extraction:.1f}")
+        row("  / through a bare forward loop over tensors in memory", f"{n * bare / extraction:.2f}")
+
+        fresh = training("--views", 0, "--epochs", fresh_epochs)
+        [table] = runs.glob("**/epochs.csv")
+        per_epoch = np.mean([float(line["seconds"]) for line in convert.read_table(table)])
+        fresh += (epochs - fresh_epochs) * per_epoch
+        stored = training("--views", 4, "--epochs", epochs)
+        what = f"{epochs} epochs of fresh views ({fresh_epochs} run, scaled) / of 4 stored, with extraction"
+        row(what, f"{fresh / stored:.1f}", "at least 10")
+        for what, more in (
+            ("8 Optuna trials", ["--tune", 8]),
+            ("5 folds x 5 repeats", ["--folds", 5, "--repeats", 5]),
+        ):
+            after = training("--views", 4, "--epochs", 20, *more)
+            row(f"{what} of 20 epochs on stored features / one extraction", f"{after / extraction:.2f}", "below 2")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -159,6 +224,11 @@ def main():
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--scans", type=int, default=2400)
     command.set_defaults(function=benchmark_convert)
+    command = commands.add_parser("views", help="training on stored features against fresh views")
+    command.add_argument("--backbone", default="resnet18", help="timm name; its weights are random")
+    command.add_argument("--image-size", type=int, default=224)
+    command.add_argument("--runs", type=int, default=60, help="of the demo, each training run with 9 copies")
+    command.set_defaults(function=benchmark_views)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # as in convert.py with a worker a core; for everything that is compared
     args.function(args)

@@ -116,30 +116,116 @@ def test_killed_and_resumed_equals_uninterrupted(demo, tmp_path):
             assert torch.equal(weights_of(killed, name)[key], value), (name, key)
 
 
-def test_stored_features_equal_fresh_draws(demo, tmp_path):
-    """With as many stored draws as epochs the figures of every epoch are those of fresh draws."""
+def main_with(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+    assert train.main() == 0
+
+
+def head_of(demo, run, *flags):
+    """(tiny network with the weights of `run`, three pictures to be stored, arguments)."""
+    arguments = ["--backbone", "test_resnet", "--data", demo, "--finetune", "head", *TINY, "--weights", run / "best.pt"]
+    args = train.parse_arguments([*map(str, arguments), *map(str, flags)])
+    args.sweep = False
+    model, _ = train.build_model(args, "test_resnet", 2)
+    pictures = deeplcms.find_pictures(demo, ("val",))["val"][:3]
+    transform = train.augmentation(model, pictures[0].recipe, args)
+    return model, deeplcms.Pictures(pictures, ["control", "exposed"], transform, train.DRAW_SEED), args
+
+
+def test_stored_features_equal_fresh_draws(demo, tmp_path, monkeypatch):
+    """With as many stored draws as epochs the losses and validation logits of every epoch are those of fresh draws."""
     arguments = ["--backbone", "test_resnet", "--data", demo, "--finetune", "head", "--epochs", 3, "--lr", 0.03, *TINY]
     arguments += ["--erase", 0.5, "--grid", 2, "--seed", train.DRAW_SEED]
-    for views in (0, 3):
-        done = call("train.py", *arguments, "--views", views, "--out", f"views{views}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    fresh, stored = (rows_of(tmp_path / f"views{v}/demo/test_resnet/seed2643/epochs.csv") for v in (0, 3))
-    for a, b in zip(fresh, stored, strict=True):
-        for name in ("train_loss", "val_loss"):
-            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-4)
+    logits, losses, predict = {0: [], 3: []}, {}, deeplcms.predict
+    for views, seen in logits.items():
+        monkeypatch.setattr(deeplcms, "predict", lambda *a, seen=seen: seen.append(predict(*a)) or seen[-1])
+        main_with(monkeypatch, *arguments, "--views", views, "--out", tmp_path / str(views))
+        rows = rows_of(tmp_path / str(views) / "demo/test_resnet/seed2643/epochs.csv")
+        losses[views] = [float(row[name]) for row in rows for name in ("train_loss", "val_loss")]
+    assert losses[3] == pytest.approx(losses[0], abs=1e-4)
+    for (fresh, _), (stored, _) in zip(logits[0], logits[3], strict=True):
+        torch.testing.assert_close(stored, fresh, rtol=0, atol=1e-4)
 
 
-def test_stored_features_are_found_again_and_never_by_another_picture(demo, tmp_path):
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9"])
+def test_branches_are_fused_for_extraction_alone_and_give_the_same_features(demo, run, name):
+    _, pictures, args = head_of(demo, run)
+    model = deeplcms.Classifier(name, 2, image_size=64).freeze()
+    parts = len(list(model.modules()))
+    [stored] = train.extract_features(model, pictures, 1, args, torch.device("cpu"))
+    model.eval()
+    with torch.inference_mode():
+        expected = model.features(torch.stack([x for x, _ in pictures]))
+    torch.testing.assert_close(stored, expected, rtol=0, atol=1e-4 * expected.std().item())
+    assert len(list(model.modules())) == parts
+
+
+def test_stored_features_are_named_by_all_that_changes_them(demo, run, tmp_path):
+    state = torch.load(run / "best.pt", weights_only=True)["model"]
+    state["backbone.conv1.0.weight"][0, 0, 0, 0] += 1e-6
+    torch.save(state, tmp_path / "other.pt")
+
+    def name(*flags):
+        model, pictures, args = head_of(demo, run, "--views", 2, *flags)
+        return train.features_file(model, pictures, args.views, args, torch.device("cpu"))
+
+    assert name("--seed", 1, "--epochs", 9, "--lr", 1, "--batch-size", 4, "--folds", 2) == name()
+    changes = [("--rotate", 4), ("--color-jitter", 0.1), ("--erase", 0.5), ("--image-size", 96), ("--grid", 2)]
+    changes += [("--views", 3), ("--weights", tmp_path / "other.pt"), ("--amp",)]
+    assert len({name(), *(name(*flags) for flags in changes)}) == 1 + len(changes)
+
+
+def test_stored_features_are_never_those_of_another_picture(demo, tmp_path, monkeypatch, capsys):
     data = tmp_path / "demo"
     shutil.copytree(demo, data, ignore=shutil.ignore_patterns("raw"))
     arguments = ["--backbone", "test_resnet", "--data", data, "--finetune", "head", "--epochs", 1, "--lr", 0.03, *TINY]
-    first = call("train.py", *arguments, cwd=tmp_path)
-    again = call("train.py", *arguments, "--seed", 2643, cwd=tmp_path)
-    assert "extracting" in first.stdout and "extracting" not in again.stdout
+    main_with(monkeypatch, *arguments, "--out", tmp_path)
     one, other = sorted((data / "train" / "control").glob("*.png"))[:2]
     shutil.copyfile(other, one)
-    changed = call("train.py", *arguments, cwd=tmp_path)
-    assert "extracting features" in changed.stdout and "stored features" in changed.stdout  # validation is unchanged
+    capsys.readouterr()
+    main_with(monkeypatch, *arguments, "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("extracting features") == 1 and "stored features" in said  # validation is unchanged
+
+
+def test_folds_seeds_and_trials_share_one_extraction(tmp_path, run, monkeypatch, capsys):
+    data = tmp_path / "demo"
+    done = call("convert.py", "--demo", data, "--runs", 20, "--bins", 32, "--augment", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    arguments = ["--backbone", "test_resnet", "--data", data, "--finetune", "head", "--epochs", 1, "--lr", 0.03, *TINY]
+    arguments += ["--weights", run / "best.pt", "--out", tmp_path]
+    for flags, extractions in [
+        (["--folds", 2, "--repeats", 2], 2),  # training and validation pictures
+        (["--repeats", 2], 2),
+        (["--tune", 2], 0),
+    ]:
+        main_with(monkeypatch, *arguments, *flags)
+        assert capsys.readouterr().out.count("extracting features") == extractions, flags
+
+
+def test_an_extraction_that_is_stopped_leaves_no_file_and_a_damaged_file_is_made_again(
+    demo, run, tmp_path, monkeypatch, capsys
+):
+    model, pictures, args = head_of(demo, run, "--out", tmp_path)
+
+    def store():
+        return train.stored_features(model, pictures, pictures.pictures, 2, "training", args, torch.device("cpu"))
+
+    def stopped(contents, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch, "save", stopped)
+        store()
+    assert not list((tmp_path / "features").iterdir())
+    whole = store().features
+    [path] = (tmp_path / "features").iterdir()
+    contents = path.read_bytes()
+    for damaged in (b"", contents[: len(contents) // 2]):
+        path.write_bytes(damaged)
+        assert torch.equal(store().features, whole) and "is damaged and made again" in capsys.readouterr().out
+    assert torch.equal(store().features, whole) and "stored features of 3" in capsys.readouterr().out
 
 
 def test_folds_keep_samples_and_their_copies_together(demo):
@@ -259,8 +345,7 @@ def test_two_processes_share_one_study_without_losing_a_trial(demo, tmp_path):
 def test_shuffled_labels_follow_the_parent_and_keep_the_counts(demo):
     pictures = deeplcms.find_pictures(demo, ("train",))["train"]
     before = [p.phenotype for p in pictures]
-    train.shuffled_labels(pictures, 1)
-    after = [p.phenotype for p in pictures]
+    after = [p.phenotype for p in train.shuffled_labels(pictures, 1)]
     assert sorted(before) == sorted(after) and before != after
 
 
