@@ -252,8 +252,11 @@ class Classifier(nn.Module):
 
 def to_channels_first(y, backbone):
     """Tokens (N, L, C) of a ViT or channels-last maps (N, H, W, C) of a Swin -> (N, C, H, W)."""
+    if isinstance(y, list):
+        y = y[-1]  # of several scales (CoaT) the coarsest
     if y.ndim == 3:
-        y = y[:, getattr(backbone, "num_prefix_tokens", 0) :]  # class and register tokens have no place
+        n_odd = y.shape[1] - math.isqrt(y.shape[1]) ** 2
+        y = y[:, getattr(backbone, "num_prefix_tokens", n_odd) :]  # class and register tokens have no place
         height, width = (
             getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or (math.isqrt(y.shape[1]),) * 2
         )
