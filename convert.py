@@ -210,7 +210,8 @@ def read_run(path, add, min_intensity=0.0):
                 spectrum.sortByPosition()
             rt, (mz, intensity) = spectrum.getRT() / 60, spectrum.get_peaks()
             kept = intensity >= min_intensity
-            mz, intensity = mz[kept], intensity[kept]
+            if not kept.all():
+                mz, intensity = mz[kept], intensity[kept]
             seen["n_scans"] += 1
             if len(mz):
                 seen["n_peaks"] += len(mz)

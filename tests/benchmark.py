@@ -188,7 +188,7 @@ def benchmark_views(args):
         print(f"{args.backbone}, {args.image_size} x {args.image_size}, {len(pictures['train'])} training pictures\n")
         extraction = seconds(train.make_loaders, model, split, val, pictures, classes, settings, device)
 
-        fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
+        fast = train.inference_copy(model)
         batch = torch.rand(32, 3, model.image_size, model.image_size, device=device)
         batch = batch.contiguous(memory_format=torch.channels_last)
 
