@@ -11,11 +11,13 @@ import math
 import pickle
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import rankdata
 from torch import nn
@@ -336,7 +338,18 @@ def metrics_of(labels, probabilities, threshold=0.5):
     }
 
 
-# ---------------------------------------------------------------- runs and checkpoints
+# ---------------------------------------------------------------- figures, runs and checkpoints
+
+
+@contextmanager
+def figure(path, title, size, **subplots):
+    """Yield the axes of a figure (inches); the PNG is written when the block ends well. "; " in the title breaks it."""
+    drawing = Figure(figsize=size, layout="constrained")
+    axes = drawing.subplots(**subplots)
+    drawing.suptitle(title.replace("; ", "\n"), fontsize=11)
+    yield axes
+    with whole_file(path) as temporary:
+        drawing.savefig(temporary, dpi=150)
 
 
 def save_checkpoint(path, contents):

@@ -16,14 +16,13 @@ import os
 import re
 import sys
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import combinations, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata, tiecorrect
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import convert
 import deeplcms
 from convert import HelpFormatter, Problem, first_few, run_script, whole_file, write_rows
-from deeplcms import called_class, load_run, metrics_of, write_json
+from deeplcms import called_class, figure, load_run, metrics_of, write_json
 
 METRICS = {
     "accuracy": "accuracy",
@@ -250,17 +249,6 @@ def write_predictions(path, pictures, labels, probabilities, classes, threshold)
 
 
 # ---------------------------------------------------------------- one run: figures
-
-
-@contextmanager
-def figure(path, title, size, **subplots):
-    """Yield the axes; the PNG is written when the block ends well."""
-    drawing = Figure(figsize=size, layout="constrained")
-    axes = drawing.subplots(**subplots)
-    drawing.suptitle(title.replace("; ", "\n"), fontsize=11)
-    yield axes
-    with whole_file(path) as temporary:
-        drawing.savefig(temporary, dpi=150)
 
 
 def draw_confusion(path, result, title):

@@ -6,13 +6,12 @@
     python explain.py --input pooled.mzML new_run.mzML.gz
 
 Three answers, in minutes and m/z. Heat (LayerCAM) shows where a picture's evidence lies, roughly: the layers behind
-see a map through their strides, so that heat gathers on a lattice beside the peak. A feature's contribution is its
-share of the step from the other phenotype's logit to this one's (expected gradients, Erion et al. 2021, Nature
-Machine Intelligence 3, 620). It ranks the features, as heat also lights whatever is bright, and says how well a
-feature tells the phenotypes apart, not which has more of it. Blanking confirms the first of the ranking and gives the
-direction: the logit drops when the box of a compound that speaks for the class is painted in the colour of zero. None
-of them proves a cause: a network needs only some of the compounds that differ, and a bright neighbour in the same box
-looks the same to it.
+see a map through their strides, so that heat gathers on a lattice beside the peak. Evidence ranks the features, as
+heat also lights whatever is bright: a pixel counts that the network answers to (its gradient) and that goes with the
+network's calls from picture to picture (its covariance with the probability). Blanking confirms the first of the
+ranking and gives the direction: the logit drops when the box of a compound that speaks for the class is painted in the
+colour of zero. None of them proves a cause: a network needs only some of the compounds that differ, a bright neighbour
+in the same box looks the same to it, and what goes with its calls need not be what they are made of.
 
 Written to RUN/explain/: cam_grid.png, class_maps.png, overlay.png, regions.csv, features.csv, faithfulness.json. Flags
 that choose other pictures, class, layers or features add a folder named after them below it, so that no command
@@ -54,6 +53,7 @@ from deeplcms import (
     Picture,
     choose_device,
     evaluation_transform,
+    figure,
     find_pictures,
     find_run,
     load_run,
@@ -63,6 +63,7 @@ from deeplcms import (
 )
 
 BATCH = 16
+EVIDENCE = {"cmap": "YlOrRd", "vmin": 0}
 
 # ---------------------------------------------------------------- scores, layers, and where their units look
 
@@ -86,6 +87,10 @@ class Scores(nn.Module):
     def forward(self, u):
         z = self.model(u + self.zero)
         return torch.cat([-z, z], 1) if z.shape[1] == 1 else z
+
+    def probabilities(self, z):
+        """Scores (N, K) -> probabilities (N, K); the pair (-z, z) is twice as far apart as its one logit."""
+        return torch.softmax(z / (2 if self.model.head.out_features == 1 else 1), 1)
 
 
 def choose_layers(model, names=None):
@@ -187,7 +192,7 @@ def resample(maps, shape, centres=((0.0, 1.0), (0.0, 1.0))):
     return F.grid_sample(maps[:, None], grid, align_corners=False, padding_mode="border")[:, 0]
 
 
-# ---------------------------------------------------------------- heat and contributions
+# ---------------------------------------------------------------- heat and evidence
 
 
 def heat_maps(scores, layers, u, k, shape):
@@ -202,9 +207,7 @@ def heat_maps(scores, layers, u, k, shape):
     context = LayerCAM(scores, [m for _, m in layers], reshape_transform=to_map) if layers else contextlib.nullcontext()
     with context as cam:
         for batch in tqdm(u.split(BATCH), desc="heat", unit="batch", disable=None):
-            batch = (
-                batch.to(scores.zero.device).clone().requires_grad_(True)
-            )  # frozen backbones need a way for gradients
+            batch = batch.to(scores.zero.device).clone().requires_grad_(True)  # the way of gradients, if all is frozen
             out = scores(batch)
             if layers:
                 found = cam(k, out, normalized=False)
@@ -216,27 +219,25 @@ def heat_maps(scores, layers, u, k, shape):
     return torch.cat(maps).numpy()
 
 
-def contribution_map(scores, u, of_class, k, steps=512, seed=0):
-    """Expected gradients: what each pixel adds to score k on the way from another class's picture to one of class k.
+def evidence_map(scores, u, k):
+    """What the network answers to and what goes with its calls: mean |gradient| x |covariance|, (size, size) in numpy.
 
-    u (N, 3, size, size), of_class (N,) bool. Pairs of pictures are drawn at random and a point between them each; the
-    average of gradient x difference sums to the mean difference of the scores. Between the classes, and not at their
-    far ends, the logit still answers to every compound. A class without pictures is replaced by the blank picture.
-    Returns (size, size) in numpy.
+    Both are taken over the pictures u (N, 3, size, size): the gradient of score k with respect to each pixel, and the
+    covariance of each pixel with the probability of class k. The gradient alone is as large where all runs are alike;
+    the covariance alone is what the calls go with, wherever the network looks. Phenotypes do not enter, so a network
+    that calls at random has random evidence. A single picture varies from nothing: its difference from the blank
+    picture stands for the covariance then.
     """
-    rng = np.random.default_rng(seed)
-    ends = [np.flatnonzero(of_class), np.flatnonzero(~of_class)]
-    total = 0
-    points = (rng.permutation(steps) + rng.random(steps)) / steps  # every part of the way equally often
-    for start in tqdm(range(0, steps, BATCH), desc="contributions", unit="batch", disable=None):
-        t = torch.tensor(points[start : start + BATCH], dtype=torch.float32)[:, None, None, None]
-        blank = torch.zeros_like(u[:1])
-        here, there = (u[rng.choice(end, len(t))] if len(end) else blank.expand(len(t), -1, -1, -1) for end in ends)
-        step = (here - there).to(scores.zero.device)
-        point = (there + t * (here - there)).to(scores.zero.device).contiguous().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(scores(point)[:, k].sum(), point)
-        total = total + (gradient * step).sum((0, 1)).double().cpu().numpy()
-    return total / steps
+    gradient, p = 0, []
+    for batch in tqdm(u.split(BATCH), desc="evidence", unit="batch", disable=None):
+        batch = batch.to(scores.zero.device).clone().requires_grad_(True)
+        z = scores(batch)
+        gradient = gradient + torch.autograd.grad(z[:, k].sum(), batch)[0].abs().sum(0).double().cpu() / len(u)
+        p.append(scores.probabilities(z.detach().double())[:, k].cpu())
+    p = torch.cat(p)
+    p = p - p.mean() if len(p) > 1 else torch.ones(1)
+    covariance = torch.einsum("n,ncyx->cyx", p, u.double()) / len(u)
+    return (gradient * covariance.abs()).sum(0).numpy()
 
 
 class Stored:
@@ -258,28 +259,22 @@ class Stored:
 def faithfulness(scores, u, maps, k, seed=0):
     """Average drop and increase in confidence (Chattopadhay et al. 2018) when a picture is seen through its map.
 
-    The control shuffles each map's cells (of 1/16 of the side): as much of the picture remains, in other places.
+    The control shuffles each map's cells (16 on a side): as much of the picture remains, in other places.
     """
-    rng = np.random.default_rng(seed)
     size = u.shape[-1]
+    cell = max(1, size // 16)
+    side = size // cell * cell
+    order = torch.randperm((side // cell) ** 2, generator=torch.Generator().manual_seed(seed))
     result = {}
     for name in ("map", "random_map"):
-        metric = ClassificationMetric(Stored(scores), lambda s: torch.softmax(torch.cat([s], 1), 1))
-        if scores.model.head.out_features == 1:  # softmax of (-z, z) would be the sigmoid of 2 z
-            metric.logits_fn = lambda s: torch.softmax(s / 2, 1)
-        for start in range(0, len(u), BATCH):
-            m = torch.from_numpy(maps[start : start + BATCH]).float()
-            m = resample(m, (size, size))
+        metric = ClassificationMetric(Stored(scores), scores.probabilities)
+        for batch, m in zip(u.split(BATCH), torch.from_numpy(maps).float().split(BATCH), strict=True):
             if name == "random_map":
-                side = min(16, size)
-                m = resample(m, (side * (size // side),) * 2)
-                cells = m.unflatten(2, (side, -1)).unflatten(1, (side, -1)).transpose(2, 3).flatten(1, 2)
-                order = torch.from_numpy(rng.permutation(side * side))
-                cells = cells[:, order].unflatten(1, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-                m = resample(cells, (size, size))
-            metric.cam_extractor.maps = LayerCAM._normalize(m.clone()).to(scores.zero.device)
-            metric.update(u[start : start + BATCH].to(scores.zero.device), k)
-        result[name] = {key: float(value) for key, value in metric.summary().items()} if metric.total else None
+                cells = F.unfold(resample(m, (side, side))[:, None], cell, stride=cell)  # (N, pixels, cells)
+                m = F.fold(cells[..., order], side, cell, stride=cell)[:, 0]
+            metric.cam_extractor.maps = LayerCAM._normalize(resample(m, (size, size))).to(scores.zero.device)
+            metric.update(batch.to(scores.zero.device), k)
+        result[name] = {key: float(value) for key, value in metric.summary().items()}
     return result
 
 
@@ -433,19 +428,34 @@ def over_peaks(map_, x, y, recipe, mean):
     return sums / (wx.sum(1) * wy.sum(1)) if mean else sums
 
 
+def rank_features(table, evidence, heats, recipe):
+    """The table in the order of evidence, with rank, evidence, and the mean of each of `heats` {column: map}."""
+    x, y = recipe.to_fraction(table["rt"].to_numpy(), table["mz"].to_numpy())
+    own = {"evidence": over_peaks(evidence, x, y, recipe, mean=False)}
+    own |= {name: over_peaks(map_, x, y, recipe, mean=True) for name, map_ in heats.items()}
+    table = table.assign(**own).sort_values("evidence", ascending=False, kind="stable")
+    table.insert(0, "rank", np.arange(1, len(table) + 1))
+    first = ["rank", "rt", "mz", "name", *own]
+    return table[first + [column for column in table if column not in first]]
+
+
 @torch.inference_mode()
-def blanking(scores, u, k, x, y, recipe):
-    """Drop of score k when the box of a feature (twice the picture's filter to each side) is blank: (F, N)."""
+def blanking(scores, u, k, rt, mz, recipe):
+    """Mean drop of score k over the pictures u, and its standard error, when a feature's box is blank: (F,), (F,).
+
+    The box reaches twice the width of the picture's own filter to each side.
+    """
     device, size = scores.zero.device, u.shape[-1]
     at = (torch.arange(size) + 0.5) / size
-    half = [2 * max(recipe.sigma, 1) / bins for bins in recipe.bins]
-    base = torch.cat([scores(batch.to(device))[:, k].cpu() for batch in u.split(2 * BATCH)])
-    drops = np.zeros((len(x), len(u)))
+    x, y = recipe.to_fraction(rt, mz)
+    half = [max(2 * max(recipe.sigma, 1) / bins, 0.5 / size) for bins in recipe.bins]
+    score = lambda u: torch.cat([scores(batch.to(device))[:, k].cpu() for batch in u.split(2 * BATCH)])  # noqa: E731
+    whole, drops = score(u), np.zeros((len(x), len(u)))
     for i in tqdm(range(len(x)), desc="blanking", unit="feature", disable=None):
-        box = ((at - y[i]).abs() <= max(half[1], 0.5 / size))[:, None] & ((at - x[i]).abs() <= max(half[0], 0.5 / size))
-        blank = [scores(batch.masked_fill(box, 0).to(device))[:, k].cpu() for batch in u.split(2 * BATCH)]
-        drops[i] = (base - torch.cat(blank)).numpy()
-    return drops
+        box = ((at - y[i]).abs() <= half[1])[:, None] & ((at - x[i]).abs() <= half[0])
+        drops[i] = (whole - score(u.masked_fill(box, 0))).numpy()
+    error = drops.std(1, ddof=1) / len(u) ** 0.5 if len(u) > 1 else np.full(len(x), np.nan)
+    return drops.mean(1), error
 
 
 # ---------------------------------------------------------------- regions and figures
@@ -454,7 +464,7 @@ def blanking(scores, u, k, x, y, recipe):
 def regions(map_, recipe, share=0.1, most=20):
     """Boxes (rt_min, rt_max, mz_min, mz_max, heat) around what exceeds a share of the map's maximum, hottest first.
 
-    The map is the smoothed contribution map, which puts its spots on the peaks; heat is its highest value in the box.
+    The map is the smoothed evidence, which puts its spots on the peaks; heat is its highest value in the box.
     """
     if not map_.max() > 0:
         return []
@@ -469,21 +479,10 @@ def regions(map_, recipe, share=0.1, most=20):
     return sorted(([float(value) for value in row] for row in found), key=lambda row: -row[-1])[:most]
 
 
-def extent_of(recipe):
-    return [recipe.rt_min, recipe.rt_max, recipe.mz_min, recipe.mz_max]
-
-
-def label_axes(axis):
-    axis.set_xlabel("retention time (min)")
-    axis.set_ylabel("m/z")
-
-
-def save(figure, path):
-    import matplotlib.pyplot as plt
-
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    plt.close(figure)
+def show(axis, map_, recipe, **options):
+    """A map or picture on its axes in minutes and m/z."""
+    extent = [recipe.rt_min, recipe.rt_max, recipe.mz_min, recipe.mz_max]
+    return axis.imshow(map_, extent=extent, aspect="auto", **options)
 
 
 def intensity_of(rgb, recipe):
@@ -496,114 +495,67 @@ def intensity_of(rgb, recipe):
 
 def cam_grid(path, items, maps, recipe, title):
     """Article Figure 6: pictures with their phenotype and probability, map over picture."""
-    import matplotlib.pyplot as plt
-
     columns = math.ceil(math.sqrt(len(items)))
-    n_rows = math.ceil(len(items) / columns)
-    figure, axes = plt.subplots(
-        n_rows,
-        columns,
-        figsize=(3.4 * columns + 0.6, 3 * n_rows + 0.6),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, item, map_ in zip(axes.flat, items, maps, strict=False):
-        axis.imshow(intensity_of(item["rgb"], recipe), cmap="gray", extent=extent_of(recipe), aspect="auto")
-        heat = np.sqrt(map_ / (map_.max() or 1))  # the root shows what is weaker than the hottest spot, too
-        axis.imshow(
-            heat,
-            cmap="inferno",
-            alpha=np.clip(0.15 + heat, 0, 0.9),
-            extent=extent_of(recipe),
-            aspect="auto",
-            vmin=0,
-            vmax=1,
-        )
-        axis.set_title(f"{item['name']}: {item['phenotype'] or 'unlabelled'}\n{item['caption']}", fontsize=9)
-    for axis in axes.flat[len(items) :]:
-        axis.axis("off")
-    figure.suptitle(title)
-    figure.supxlabel("retention time (min)")
-    figure.supylabel("m/z")
-    save(figure, path)
+    rows = math.ceil(len(items) / columns)
+    grid = {"nrows": rows, "ncols": columns, "sharex": True, "sharey": True, "squeeze": False}
+    with figure(path, title, (3.4 * columns + 0.6, 3 * rows + 0.6), **grid) as axes:
+        for axis, item, map_ in zip(axes.flat, items, maps, strict=False):
+            show(axis, intensity_of(item["rgb"], recipe), recipe, cmap="gray")
+            heat = np.sqrt(map_ / (map_.max() or 1))  # the root shows what is weaker than the hottest spot, too
+            show(axis, heat, recipe, cmap="inferno", alpha=np.clip(0.15 + heat, 0, 0.9), vmin=0, vmax=1)
+            axis.set_title(f"{item['name']}: {item['phenotype'] or 'unlabelled'}\n{item['caption']}", fontsize=9)
+        for axis in axes.flat[len(items) :]:
+            axis.axis("off")
+        axes[0, 0].figure.supxlabel("retention time (min)")
+        axes[0, 0].figure.supylabel("m/z")
 
 
-def class_maps(path, means, difference, contribution, recipe, names, title):
-    """Mean heat of each group of pictures on one scale, their difference, and the contribution to the logit."""
-    import matplotlib.pyplot as plt
-
-    panels = [
-        (mean, f"mean heat of {n} {name} pictures", "inferno") for mean, (name, n) in zip(means, names, strict=True)
-    ]
-    if difference is not None:
-        panels.append((difference, "difference of the heats", "RdBu_r"))
-    panels.append((contribution, "contribution to the logit, smoothed", "RdBu_r"))
-    columns = 2
-    figure, axes = plt.subplots(
-        math.ceil(len(panels) / 2),
-        columns,
-        figsize=(10.5, 4.2 * math.ceil(len(panels) / 2)),
-        layout="constrained",
-        squeeze=False,
-    )
-    highest = max(mean.max() for mean in means) or 1
-    for axis, (map_, name, cmap) in zip(axes.flat, panels, strict=False):
-        limit = highest if cmap == "inferno" else np.quantile(np.abs(map_), 0.999) or 1
-        shown = axis.imshow(
-            map_,
-            cmap=cmap,
-            vmin=0 if cmap == "inferno" else -limit,
-            vmax=limit,
-            extent=extent_of(recipe),
-            aspect="auto",
-        )
-        figure.colorbar(shown, ax=axis)
-        axis.set_title(name, fontsize=10)
-        label_axes(axis)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    figure.suptitle(title)
-    save(figure, path)
+def class_maps(path, heats, evidence, recipe, title):
+    """Mean heat of each group of pictures {title: map} on one scale, their difference, and the evidence."""
+    highest = max(heat.max() for heat in heats.values()) or 1
+    panels = [(name, heat, {"cmap": "inferno", "vmin": 0, "vmax": highest}) for name, heat in heats.items()]
+    if len(heats) == 2:
+        difference = np.subtract(*heats.values())
+        limit = np.quantile(np.abs(difference), 0.999) or 1
+        panels.append(("difference of the heats", difference, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}))
+    panels.append(("evidence, smoothed", evidence, EVIDENCE | {"vmax": np.quantile(evidence, 0.999) or 1}))
+    rows = math.ceil(len(panels) / 2)
+    with figure(path, title, (10.5, 4.2 * rows), nrows=rows, ncols=2, squeeze=False) as axes:
+        for axis, (name, map_, options) in zip(axes.flat, panels, strict=False):
+            axis.figure.colorbar(show(axis, map_, recipe, **options), ax=axis)
+            axis.set_title(name, fontsize=10)
+            axis.set(xlabel="retention time (min)", ylabel="m/z")
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
 
 
-def overlay(path, contribution, table, recipe, title, n_names=10):
-    """Article Figures 7 and 8: features as points over the contribution map, the first of the ranking by name.
+def overlay(path, evidence, table, recipe, title, n_names=10):
+    """Article Figures 7 and 8: features as points over the evidence, the first of the ranking by name.
 
-    Names stand in two columns beside the map, in the order of m/z, each joined to its point: they cannot overlap.
+    Names stand in a column beside the map, in the order of m/z, each joined to its point: they cannot overlap.
     """
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(11, 6.5), layout="constrained")
-    limit = np.quantile(np.abs(contribution), 0.999) or 1
-    shown = axis.imshow(
-        contribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent_of(recipe), aspect="auto", alpha=0.8
-    )
-    figure.colorbar(shown, ax=axis, label="contribution to the logit, smoothed", location="bottom", shrink=0.9)
-    axis.plot(table["rt"], table["mz"], "o", markersize=3, color="0.25", markerfacecolor="none", label="feature")
-    first = table.head(n_names)
-    axis.plot(
-        first["rt"], first["mz"], "o", markersize=9, color="black", markerfacecolor="none", label=f"first {len(first)}"
-    )
-    ordered = first.sort_values("mz").reset_index(drop=True)
-    for i, row in ordered.iterrows():
-        name = re.sub(r"^$|^unknown$", f"m/z {row['mz']:.4f}", str(row["name"]).strip(), flags=re.IGNORECASE)
-        axis.annotate(
-            f"{row['rank']}. {name[:34]}\n    {row['rt']:.2f} min, m/z {row['mz']:.3f}",
-            (row["rt"], row["mz"]),
-            xytext=(1.03, (i + 0.5) / len(ordered)),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.6},
-            annotation_clip=False,
-        )
-    axis.set(xlim=(recipe.rt_min, recipe.rt_max), ylim=(recipe.mz_min, recipe.mz_max))
-    axis.legend(loc="upper left", fontsize=8)
-    label_axes(axis)
-    figure.suptitle(title)
-    save(figure, path)
+    with figure(path, title, (11, 6.5)) as axis:
+        shown = show(axis, evidence, recipe, **EVIDENCE, vmax=np.quantile(evidence, 0.999) or 1)
+        axis.figure.colorbar(shown, ax=axis, label="evidence, smoothed", location="bottom", shrink=0.9)
+        first = table.head(n_names).sort_values("mz").reset_index(drop=True)
+        circle = {"linestyle": "", "marker": "o", "markerfacecolor": "none"}
+        axis.plot(table["rt"], table["mz"], markersize=3, color="0.45", label="feature", **circle)
+        axis.plot(first["rt"], first["mz"], markersize=9, color="black", label=f"first {len(first)}", **circle)
+        for i, row in first.iterrows():
+            name = re.sub(r"^$|^unknown$", f"m/z {row['mz']:.4f}", str(row["name"]).strip(), flags=re.IGNORECASE)
+            axis.annotate(
+                f"{row['rank']}. {name[:34]}\n    {row['rt']:.2f} min, m/z {row['mz']:.3f}",
+                (row["rt"], row["mz"]),
+                xytext=(1.03, (i + 0.5) / len(first)),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=8,
+                arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.6},
+                annotation_clip=False,
+            )
+        axis.set(xlim=(recipe.rt_min, recipe.rt_max), ylim=(recipe.mz_min, recipe.mz_max))
+        axis.set(xlabel="retention time (min)", ylabel="m/z")
+        axis.legend(loc="upper left", fontsize=8)
 
 
 # ---------------------------------------------------------------- one command
@@ -645,12 +597,8 @@ def output_folder(run, args, checkpoint):
     """RUN/explain, or below it a folder named after the flags that ask another question."""
     parts = []
     if args.input:
-        names = [Path(path).name.partition(".")[0] for path in args.input]
-        parts.append(
-            "input-"
-            + names[0]
-            + (f"+{len(names) - 1}-{zlib.crc32(repr(args.input).encode()):08x}" if names[1:] else "")
-        )
+        more = f"+{len(args.input) - 1}-{zlib.crc32(repr(args.input).encode()):08x}" if args.input[1:] else ""
+        parts.append("input-" + Path(args.input[0]).name.partition(".")[0] + more)
     elif args.split != "test":
         parts.append(args.split)
     if args.data:
@@ -664,39 +612,6 @@ def output_folder(run, args, checkpoint):
     if args.query:
         parts.append(f"query-{zlib.crc32(args.query.encode()):08x}")
     return Path(run) / "explain" / "_".join(parts)
-
-
-def rank_features(table, contribution, means, difference, groups, scores, u, of_class, k, top, recipe):
-    """The table with contribution, heats, rank and, for the first `top`, the drop of the logit with standard error."""
-    x, y = recipe.to_fraction(table["rt"].to_numpy(), table["mz"].to_numpy())
-    table = table.copy()
-    table["contribution"] = over_peaks(contribution, x, y, recipe, mean=False)
-    for (name, _), mean in zip(groups, means, strict=True):
-        table[f"heat_{name}"] = over_peaks(mean, x, y, recipe, mean=True)
-    table["heat_difference"] = over_peaks(difference, x, y, recipe, mean=True) if difference is not None else np.nan
-    order = np.argsort(-table["contribution"].to_numpy(), kind="stable")
-    table, x, y = table.iloc[order], x[order], y[order]
-    table.insert(0, "rank", np.arange(1, len(table) + 1))
-    drops = blanking(scores, u[of_class] if of_class.any() else u, k, x[:top], y[:top], recipe)
-    n = drops.shape[1]
-    columns = {
-        "drop": drops.mean(1),
-        "drop_se": drops.std(1, ddof=1) / n**0.5 if n > 1 else np.full(len(drops), np.nan),
-    }
-    for name, values in columns.items():
-        table[name] = np.r_[values, np.full(len(table) - len(values), np.nan)]
-    own = [
-        "rank",
-        "rt",
-        "mz",
-        "name",
-        "contribution",
-        *[f"heat_{name}" for name, _ in groups],
-        "heat_difference",
-        "drop",
-        "drop_se",
-    ]
-    return table[own + [column for column in table if column not in own]]
 
 
 def explain(args):
@@ -740,51 +655,53 @@ def explain(args):
         item["group"] = item["phenotype"] or classes[c]  # a run that nobody labelled counts as what it is called
         item["caption"] = f"P({class_name}) = {p[k]:.2f}"
     of_class = np.array([item["group"] == class_name for item in items])
+    other = classes[1 - k] if len(classes) == 2 else "other"
+    groups = {name: chosen for name, chosen in ((class_name, of_class), (other, ~of_class)) if chosen.any()}
 
     shape = recipe.bins[::-1]  # (n_mz, n_rt)
     maps = heat_maps(scores, layers, u, k, shape)
-    contribution = contribution_map(scores, u, of_class, k, args.steps)
+    heats = {name: maps[chosen].mean(0) for name, chosen in groups.items()}
+    evidence = evidence_map(scores, u, k)
     # As weights of a sum the pixels stay as they are; for the eye they are spread as wide as a peak.
-    smooth = resample(torch.from_numpy(contribution)[None], shape)[0].numpy()
+    smooth = resample(torch.from_numpy(evidence)[None], shape)[0].numpy()
     smooth = ndimage.gaussian_filter(smooth, 1.5 * max(recipe.sigma, 1))
-
-    other = classes[1 - k] if len(classes) == 2 else "other"
-    members = [(class_name, of_class), (other, ~of_class)]
-    groups = [(name, int(chosen.sum())) for name, chosen in members if chosen.any()]
-    means = [maps[chosen].mean(0) for _, chosen in members if chosen.any()]
-    difference = means[0] - means[1] if len(means) == 2 else None
 
     out = output_folder(run, args, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     where = ", ".join(name for name, _ in layers) or "the picture itself"
     origin = checkpoint["config"].get("weights_origin", "unknown weights")
-    title = f"{checkpoint['backbone']} ({origin}), evidence for '{class_name}' at {where}"
+    title = f"{checkpoint['backbone']} ({origin}), class '{class_name}'"
     chosen = choose_pictures(of_class, args.n, args.seed)
-    cam_grid(
-        out / "cam_grid.png",
-        [items[i] for i in chosen],
-        maps[chosen],
-        recipe,
-        f"LayerCAM, each relative to its own maximum: {title}",
-    )
-    class_maps(out / "class_maps.png", means, difference, smooth, recipe, groups, title)
-    rows = regions(smooth, recipe)
+    grid_title = f"LayerCAM at {where}, each relative to its own maximum; {title}"
+    cam_grid(out / "cam_grid.png", [items[i] for i in chosen], maps[chosen], recipe, grid_title)
+    titles = {name: f"mean heat of {chosen.sum()} {name} pictures" for name, chosen in groups.items()}
+    named = {titles[name]: heat for name, heat in heats.items()}
+    class_maps(out / "class_maps.png", named, smooth, recipe, f"LayerCAM at {where}, and evidence; {title}")
     columns = ("rt_min", "rt_max", "mz_min", "mz_max", "heat")
-    write_csv(out / "regions.csv", [columns, *([f"{value:.6g}" for value in row] for row in rows)])
+    rows = [[f"{value:.6g}" for value in row] for row in regions(smooth, recipe)]
+    write_csv(out / "regions.csv", [columns, *rows])
     called_so = np.flatnonzero(called == k)
     result = {"class": class_name, "layers": [name for name, _ in layers], "pictures": len(called_so)}
     if len(called_so):
         result |= faithfulness(scores, u[called_so], maps[called_so], k, args.seed)
     write_json(out / "faithfulness.json", result)
     if table is not None:
-        table = rank_features(table, contribution, means, difference, groups, scores, u, of_class, k, args.top, recipe)
+        columns = {f"heat_{name}": heat for name, heat in heats.items()}
+        columns["heat_difference"] = np.subtract(*heats.values()) if len(heats) == 2 else np.full(shape, np.nan)
+        table = rank_features(table, evidence, columns, recipe)
+        top = table.head(args.top)
+        members = u[of_class] if of_class.any() else u
+        drops = blanking(scores, members, k, top["rt"].to_numpy(), top["mz"].to_numpy(), recipe)
+        at = table.columns.get_loc("heat_difference") + 1
+        for i, (name, values) in enumerate(zip(("drop", "drop_se"), drops, strict=True)):
+            table.insert(at + i, name, np.r_[values, np.full(len(table) - len(values), np.nan)])
         with whole_file(out / "features.csv") as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
-        overlay(out / "overlay.png", smooth, table, recipe, title)
-        print("rank  min     m/z       contribution  drop of the logit  name")
+        overlay(out / "overlay.png", smooth, table, recipe, f"Features over the evidence; {title}")
+        print("rank  min     m/z       evidence   drop of the logit  name")
         for row in table.head(10).itertuples():
             drop = f"{row.drop:7.3f} ± {row.drop_se:.3f}" if row.drop == row.drop else "-"
-            print(f"{row.rank:4d}  {row.rt:5.2f}  {row.mz:9.4f}  {row.contribution:12.4f}  {drop:17s}  {row.name}")
+            print(f"{row.rank:4d}  {row.rt:5.2f}  {row.mz:9.4f}  {row.evidence:9.3g}  {drop:17s}  {row.name}")
     print(f"{len(items)} pictures explained in {out}")
     return 0
 
@@ -804,43 +721,29 @@ def choose_pictures(of_class, n, seed):
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder of train.py (default: the newest under runs/)")
-    group = parser.add_argument_group("pictures")
-    group.add_argument("--split", choices=SPLITS, default="test", help="which pictures of the run's data set")
-    group.add_argument("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
-    group.add_argument(
-        "--input", nargs="+", metavar="FILE", help="pictures of convert.py or raw runs, in place of a split"
-    )
-    group.add_argument("--n", type=int, default=9, help="pictures in cam_grid.png")
-    group = parser.add_argument_group("map")
-    group.add_argument(
-        "--class", dest="class_name", metavar="NAME", help="phenotype to explain (default: the positive one)"
-    )
-    group.add_argument(
-        "--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: chosen by their map)"
-    )
-    group = parser.add_argument_group("features")
-    group.add_argument(
-        "--features",
-        metavar="CSV",
-        help="MS-DIAL export or table with rt, mz, name (default: the data set's features.csv, if any)",
-    )
-    group.add_argument("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
-    group.add_argument("--top", type=int, default=50, help="features of the ranking to confirm by blanking")
-    group.add_argument("--steps", type=int, default=512, help="gradients that a contribution averages; fewer vary more")
-    group.add_argument("--seed", type=int, default=2643, help="of the pictures in the grid and the random map")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--split", choices=SPLITS, default="test", help="which pictures of the run's data set")
+    add("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
+    add("--input", nargs="+", metavar="FILE", help="pictures of convert.py or raw runs, in place of a split")
+    add("--n", type=int, default=9, help="pictures in cam_grid.png")
+    add = parser.add_argument_group("map").add_argument
+    add("--class", dest="class_name", metavar="NAME", help="phenotype to explain (default: the positive one)")
+    add("--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: chosen by their map)")
+    add = parser.add_argument_group("features").add_argument
+    text = "MS-DIAL export or table with rt, mz, name (default: the data set's features.csv, if any)"
+    add("--features", metavar="CSV", help=text)
+    add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
+    add("--top", type=int, default=50, help="features of the ranking to confirm by blanking")
+    add("--seed", type=int, default=2643, help="of the pictures in the grid and the random map")
     args = parser.parse_args(argv)
-    for flag, value, least in (("--n", args.n, 1), ("--top", args.top, 0), ("--steps", args.steps, 1)):
+    for flag, value, least in (("--n", args.n, 1), ("--top", args.top, 0)):
         if value < least:
             raise Problem(f"{flag} {value} must be at least {least}", 2)
     return args
 
 
 def main():
-    args = parse_arguments()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    return explain(args)
+    return explain(parse_arguments())
 
 
 if __name__ == "__main__":

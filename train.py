@@ -47,10 +47,16 @@ from tqdm import tqdm
 
 import deeplcms
 from convert import HelpFormatter, Problem, run_script, whole_file, write_csv, write_rows
-from deeplcms import Classifier, Pictures, choose_device, load_checkpoint, loss_of, metrics_of, probabilities_of
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from deeplcms import (
+    Classifier,
+    Pictures,
+    choose_device,
+    figure,
+    load_checkpoint,
+    loss_of,
+    metrics_of,
+    probabilities_of,
+)
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
 ARTICLE = """
@@ -137,6 +143,7 @@ def build_model(args, backbone, n_classes):
                 f"warning: no pretrained weights of {backbone} could be had ({type(error).__name__}): "
                 "random initialisation, and the whole network is trained"
             )
+            torch.manual_seed(args.seed)  # the attempt has used random numbers: start where --weights random does
             model, origin = Classifier(backbone, n_classes, **options), "random initialisation"
     else:
         model, origin = Classifier(backbone, n_classes, **options), "random initialisation"
@@ -506,14 +513,12 @@ def find_lr(model, loader, args, device, run=None):
     lr, reason, smooth = suggest_lr(rates, losses)
     if run and RANK == 0:
         write_csv(run / "lr_find.csv", [("lr", "loss", "smoothed_loss"), *zip(rates, losses, smooth, strict=False)])
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        axes.plot(rates[: len(losses)], losses, color="0.8", label="loss of the batch")
-        axes.plot(rates[: len(smooth)], smooth, label="smoothed")
-        axes.axvline(lr, color="tab:red", linestyle="--", label=f"{lr:.2g}: {reason}")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Learning-rate range test")
-        axes.set_ylim(0, 4 * losses[0])
-        axes.legend(loc="upper left")
-        save_figure(figure, run / "lr_find.png")
+        with figure(run / "lr_find.png", "Learning-rate range test", (6, 4)) as axes:
+            axes.plot(rates[: len(losses)], losses, color="0.8", label="loss of the batch")
+            axes.plot(rates[: len(smooth)], smooth, label="smoothed")
+            axes.axvline(lr, color="tab:red", linestyle="--", label=f"{lr:.2g}: {reason}")
+            axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(0, 4 * losses[0]))
+            axes.legend(loc="upper left")
     say(f"learning-rate range test: {lr:.2g} ({reason})")
     return lr
 
@@ -550,48 +555,36 @@ def endless(loader):
 # ---------------------------------------------------------------- what a run leaves behind
 
 
-def save_figure(figure, path):
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, pil_kwargs={"compress_level": 1})
-    plt.close(figure)
-
-
 def draw_curves(run, history, title):
     epochs = [row["epoch"] for row in history]
     best = min(history, key=lambda row: row["val_loss"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), gridspec_kw={"left": 0.07, "right": 0.98})
-    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
-        left.plot(epochs, [row[name] for row in history], marker=".", label=label)
-    for name, label in (("val_accuracy", "accuracy"), ("val_f1", "F1"), ("val_roc_auc", "ROC AUC")):
-        right.plot(epochs, [row[name] for row in history], marker=".", label=label)
-    for axes in (left, right):
-        axes.axvline(best["epoch"], color="0.6", linestyle="--", label=f"best epoch ({best['epoch']})")
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-    left.set(ylabel="loss", ylim=(0, None), title="Loss")
-    right.set(ylim=(0, 1.02), title="Validation")
-    figure.suptitle(title)
-    save_figure(figure, run / "curves.png")
+    with figure(run / "curves.png", title, (10, 4), ncols=2) as (left, right):
+        for name, label in (("train_loss", "training"), ("val_loss", "validation")):
+            left.plot(epochs, [row[name] for row in history], marker=".", label=label)
+        for name, label in (("val_accuracy", "accuracy"), ("val_f1", "F1"), ("val_roc_auc", "ROC AUC")):
+            right.plot(epochs, [row[name] for row in history], marker=".", label=label)
+        for axes in (left, right):
+            axes.axvline(best["epoch"], color="0.6", linestyle="--", label=f"best epoch ({best['epoch']})")
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend()
+        left.set(ylabel="loss", ylim=(0, None), title="Loss")
+        right.set(ylim=(0, 1.02), title="Validation")
 
 
 def draw_transformed(run, pictures, classes, model, args):
     """Article, Figure 4: training pictures as the network sees them, draw 0."""
-    transform = augmentation(model, pictures[0].recipe, args)
     shown = pictures[:: max(1, len(pictures) // 9)][:9]
-    data = Pictures(shown, classes, transform, args.seed)
-    figure = plt.figure(figsize=(8, 8.6))
-    axes = figure.add_axes([0.02, 0.02, 0.96, 0.91])  # one for all pictures: this is drawn for every fold
-    axes.axis("off")
-    for k, (picture, (x, _)) in enumerate(zip(shown, data, strict=False)):
-        image = x.permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
-        left, top = 1.05 * (k % 3), 1.1 * (k // 3)
-        axes.imshow(image.clip(0, 1), extent=(left, left + 1, top + 1, top))
-        title = f"{picture.sample_name[:24]} ({picture.phenotype})"
-        axes.text(left + 0.5, top - 0.02, title, ha="center", fontsize=9)
-    axes.set(xlim=(0, 3.1), ylim=(3.2, 0))
-    figure.suptitle("Training pictures as the network sees them")
-    save_figure(figure, run / "transformed_grid.png")
+    data = Pictures(shown, classes, augmentation(model, pictures[0].recipe, args), args.seed)
+    with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6)) as axes:
+        axes.axis("off")  # one for all pictures: this is drawn for every fold
+        for k, (picture, (x, _)) in enumerate(zip(shown, data, strict=False)):
+            image = x.permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
+            left, top = 1.05 * (k % 3), 1.1 * (k // 3)
+            axes.imshow(image.clip(0, 1), extent=(left, left + 1, top + 1, top))
+            title = f"{picture.sample_name[:24]} ({picture.phenotype})"
+            axes.text(left + 0.5, top - 0.02, title, ha="center", fontsize=9)
+        axes.set(xlim=(0, 3.1), ylim=(3.2, 0))
 
 
 # ---------------------------------------------------------------- one training
@@ -809,6 +802,7 @@ def tune(args, backbone, pictures):
     The first eight trials are the eight combinations; later ones are the sampler's. Trials are pruned at the median,
     share the stored features of a frozen backbone, and write no checkpoints: the command printed at the end does.
     """
+    matplotlib.use("Agg")  # optuna's plots are made for a screen
     import optuna.visualization.matplotlib as draw
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -859,9 +853,10 @@ def tune(args, backbone, pictures):
     }
     for name, plot in figures.items():
         try:
-            figure = plot().figure
-            figure.set_layout_engine("tight")
-            save_figure(figure, folder / f"{name}.png")
+            drawn = plot().figure
+            drawn.set_layout_engine("tight")
+            with whole_file(folder / f"{name}.png") as temporary:
+                drawn.savefig(temporary, dpi=150)
         except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few finished trials to say anything
             say(f"{name}.png is left out: {error}")
     best = study.best_trial

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +16,6 @@ import explain
 from convert import Problem, Recipe, picture_of_counts
 from deeplcms import Classifier, Picture, loss_of, save_checkpoint, to_channels_first
 
-matplotlib.use("Agg")
 RECIPE = Recipe(1.0, 11.0, 100.0, 900.0, bins=(64, 64), normalize="global", sigma=1.0)
 PEAK = (4.37, 462.175)  # minutes and m/z of the article's morphine-3-glucuronide
 MSDIAL = [
@@ -88,7 +86,7 @@ def runs(cohort, tmp_path_factory):
 
 def run_explain(*arguments):
     """explain.py in this process, as loading torch once is enough."""
-    return explain.explain(explain.parse_arguments([*map(str, arguments), "--steps", "64"]))
+    return explain.explain(explain.parse_arguments([*map(str, arguments)]))
 
 
 # ---------------------------------------------------------------- positions
@@ -140,7 +138,7 @@ def test_the_box_of_the_hottest_region_holds_the_planted_peak(runs, name, capsys
     assert list(features["rank"]) == [1, 2, 3]
     assert features.name[0] == "Morphine-3-glucuronide, M3G"
     assert features["drop"][0] > 2 * features.drop_se[0] > 0  # blanking its box takes the evidence away
-    assert {"heat_user", "heat_non-user", "heat_difference", "contribution"} <= set(features)
+    assert {"heat_user", "heat_non-user", "heat_difference", "evidence"} <= set(features)
     for figure in ("cam_grid.png", "class_maps.png", "overlay.png"):
         with Image.open(out / figure) as image:
             assert min(image.size) > 500
@@ -185,16 +183,22 @@ def test_one_logit_stands_for_a_pair_of_opposite_scores():
     assert torch.allclose(scores(torch.zeros(1, 3, 32, 32))[0, 1], scores.model(blank[None])[0, 0], atol=1e-5)
 
 
-def test_contributions_sum_to_the_difference_between_the_classes(runs, cohort):
-    model, _ = explain.load_run(runs["pixels"])
-    scores = explain.Scores(model, RECIPE)
-    pictures = [Picture(path, path.parent.name) for path in sorted(cohort.glob("test/*/*.png"))]
-    transform = explain.evaluation_transform(64, model.mean, model.std)
-    u = torch.stack([transform(picture.load()) for picture in pictures]) - scores.zero
-    user = np.array([picture.phenotype == "user" for picture in pictures])
-    z = scores(u)[:, 1].detach().numpy()
-    total = explain.contribution_map(scores, u, user, 1, steps=2000).sum()
-    assert total == pytest.approx(z[user].mean() - z[~user].mean(), rel=0.05)
+def test_evidence_is_where_the_network_looks_and_what_goes_with_its_calls():
+    scores = explain.Scores(Classifier("pixels", 2, 8, 8).eval(), RECIPE)
+    with torch.no_grad():
+        scores.model.head.weight.zero_()
+        scores.model.head.weight[0, [0, 1]] = torch.tensor([80.0, 1.0])  # of the first channel's first row
+    u = torch.zeros(6, 3, 8, 8)
+    u[:, 0, 0, 0] = torch.arange(6.0)  # looked at, and varies: it makes the calls
+    u[:, 0, 0, 1] = 3  # looked at, but the same in all pictures
+    u[:, 0, 0, 2] = torch.arange(6.0)  # goes with the calls, but the network does not look
+    for k in (0, 1):
+        evidence = explain.evidence_map(scores, u, k)
+        assert evidence.shape == (8, 8) and evidence[0, 0] > 0
+        evidence[0, 0] = 0
+        assert np.allclose(evidence, 0)
+    # One picture varies from nothing: what differs from the blank picture counts.
+    assert (explain.evidence_map(scores, u[-1:], 1)[0, :3] > 0).tolist() == [True, True, False]
 
 
 def test_no_flag_overwrites_the_answer_of_another(runs):
@@ -202,7 +206,7 @@ def test_no_flag_overwrites_the_answer_of_another(runs):
     assert run_explain(runs["pixels"]) == run_explain(runs["pixels"], "--class", "non-user", "--n", 2, "--top", 1) == 0
     assert all((folder / "features.csv").is_file() for folder in names)
     table = pd.read_csv(names[1] / "features.csv")
-    # Its absence tells a non-user: as large a contribution, but there is nothing to blank in a non-user's picture.
+    # Its absence tells a non-user: as much evidence, but there is nothing to blank in a non-user's picture.
     assert table.name[0].startswith("Morphine") and table["drop"].notna().sum() == 1
     assert table["drop"][0] < 0.2 * pd.read_csv(names[0] / "features.csv")["drop"][0]
 

@@ -275,6 +275,21 @@ def test_pretrained_weights_come_from_the_local_cache(tmp_path, monkeypatch):
         assert torch.equal(tensor, source.state_dict()[name])
 
 
+def test_without_the_hub_auto_starts_where_random_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    weights = []
+    for choice in ("auto", "random"):
+        args = train.parse_arguments(["--backbone", "test_resnet", "--weights", choice, "--data", "x"])
+        args.sweep = False
+        torch.manual_seed(args.seed)
+        model, origin = train.build_model(args, "test_resnet", 2)
+        assert origin == "random initialisation" and not model.frozen
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert "warning: no pretrained weights of test_resnet could be had" in capsys.readouterr().out
+
+
 def test_weights_from_files_with_a_classifier_of_another_size(run, tmp_path):
     import safetensors.torch
 
