@@ -74,6 +74,9 @@ def whole_file(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # for the message: a full disk names no file, others the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -87,6 +90,11 @@ def write_csv(path, rows):
 def write_rows(path, rows):
     """Write dicts as such a table; the keys of the first one are its columns."""
     write_csv(path, [rows[0].keys(), *([row[column] for column in rows[0]] for row in rows)])
+
+
+def first_line(error):
+    """The first line of an exception's message, or its name: libraries like to write pages."""
+    return str(error).strip().partition("\n")[0][:150] or type(error).__name__
 
 
 def first_few(names, n=5):

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from convert import SPLITS, Problem, Recipe, first_few, read_table, whole_file
+from convert import SPLITS, Problem, Recipe, first_few, first_line, read_table, whole_file
 
 # ---------------------------------------------------------------- pictures
 
@@ -358,7 +358,7 @@ def save_checkpoint(path, contents):
         with whole_file(path) as temporary:
             torch.save(contents, temporary)
     except RuntimeError as error:  # torch's word for a full disk
-        raise Problem(f"{path} could not be written: {str(error).partition(chr(10))[0][:150]}") from None
+        raise Problem(f"{path} could not be written; is the disk full? ({first_line(error)})") from None
 
 
 def load_checkpoint(path):
@@ -368,8 +368,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise Problem(f"{path}: no such checkpoint", 2) from None
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0][:150] or type(error).__name__
-        raise Problem(f"{path}: not a checkpoint that can be trusted or read ({reason})") from None
+        raise Problem(f"{path}: not a checkpoint that can be trusted or read ({first_line(error)})") from None
 
 
 def find_run(run=None, root="runs"):
@@ -397,9 +396,7 @@ def load_run(run):
         model.mean, model.std = checkpoint["mean"], checkpoint["std"]
         checkpoint["recipe"] = Recipe.from_text(checkpoint["recipe"])
     except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
-        raise Problem(
-            f"{run}/best.pt: not a checkpoint of train.py ({str(error).partition(chr(10))[0][:150]})"
-        ) from None
+        raise Problem(f"{run}/best.pt: not a checkpoint of train.py ({first_line(error)})") from None
     return model.eval(), checkpoint
 
 

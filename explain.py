@@ -44,6 +44,7 @@ from convert import (
     HelpFormatter,
     Problem,
     colours,
+    first_line,
     picture_of_run,
     run_script,
     whole_file,
@@ -402,7 +403,7 @@ def select(table, query):
     try:
         selected = table.query(ast.unparse(tree), engine="python")
     except Exception as error:
-        raise Problem(f"--query {query!r}: {str(error).partition(chr(10))[0][:150]}", 2) from None
+        raise Problem(f"--query {query!r}: {first_line(error)}", 2) from None
     if not isinstance(selected, pd.DataFrame):
         raise Problem(f"--query {query!r} does not choose rows", 2)
     if selected.empty:

@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import deeplcms
-from convert import HelpFormatter, Problem, run_script, whole_file, write_csv, write_rows
+from convert import HelpFormatter, Problem, first_line, run_script, whole_file, write_csv, write_rows
 from deeplcms import (
     Classifier,
     Pictures,
@@ -789,7 +789,7 @@ def open_study(storage, name, sampler, pruner):
                 study_name=name, storage=storage, sampler=sampler, pruner=pruner, load_if_exists=True
             )
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             if isinstance(error, (sqlalchemy.exc.ArgumentError, ImportError)):
                 break  # a wrong URL stays wrong
             time.sleep(attempt)  # two processes that make one database at the same time get in each other's way
@@ -1029,7 +1029,7 @@ def main():
                 except (Problem, RuntimeError) as problem:  # RuntimeError: out of memory, an operator that is missing
                     if not args.sweep or getattr(problem, "status", 1) == 2:
                         raise
-                    failures[backbone] = str(problem).partition("\n")[0]
+                    failures[backbone] = first_line(problem)
                     say(f"failed: {backbone}: {failures[backbone]}")
     if len(results) > 1:
         losses = np.array([config["best_val_loss"] for _, config in results])
