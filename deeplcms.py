@@ -367,8 +367,10 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Problem(f"{path}: no such checkpoint", 2) from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise Problem(f"{path}: not a checkpoint that can be trusted or read ({first_line(error)})") from None
+    except pickle.UnpicklingError:  # torch's own message is a page about how to run it all the same
+        raise Problem(f"{path}: not a checkpoint that can be trusted: not only tensors, numbers and text") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise Problem(f"{path}: not a checkpoint that can be read ({first_line(error)})") from None
 
 
 def find_run(run=None, root="runs"):

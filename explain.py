@@ -551,7 +551,7 @@ def overlay(path, evidence, table, recipe, title, n_names=10):
                 textcoords="axes fraction",
                 va="center",
                 fontsize=8,
-                arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.6},
+                arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.6, "relpos": (0, 0.5)},
                 annotation_clip=False,
             )
         axis.set(xlim=(recipe.rt_min, recipe.rt_max), ylim=(recipe.mz_min, recipe.mz_max))
