@@ -701,7 +701,8 @@ def explain(args):
         overlay(out / "overlay.png", smooth, table, recipe, f"Features over the evidence; {title}")
         print("rank  min     m/z       evidence   drop of the logit  name")
         for row in table.head(10).itertuples():
-            drop = f"{row.drop:7.3f} ± {row.drop_se:.3f}" if row.drop == row.drop else "-"
+            drop = "-" if math.isnan(row.drop) else f"{row.drop:7.3f}"
+            drop += "" if math.isnan(row.drop_se) else f" ± {row.drop_se:.3f}"
             print(f"{row.rank:4d}  {row.rt:5.2f}  {row.mz:9.4f}  {row.evidence:9.3g}  {drop:17s}  {row.name}")
     print(f"{len(items)} pictures explained in {out}")
     return 0

@@ -82,7 +82,7 @@ OPTIMIZERS = {
 }
 SCHEDULERS = ("cosine", "plateau")
 FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-DRAW_SEED = 2643  # of stored views: apart from --seed, so that repeats, folds and trials share them
+DRAW_SEED = 2643  # of stored draws
 
 # ---------------------------------------------------------------- the processes of torchrun
 
@@ -301,6 +301,11 @@ def augmentation(model, recipe, args):
     return deeplcms.training_transform(model.image_size, model.mean, model.std, zero, *strengths)
 
 
+def seed_of_draws(model, args):
+    """Stored draws have a seed of their own, so that repeats, folds and trials share them."""
+    return DRAW_SEED if model.frozen and args.views else args.seed
+
+
 def make_loaders(model, train, val, pictures, classes, args, device):
     """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
@@ -316,7 +321,7 @@ def make_loaders(model, train, val, pictures, classes, args, device):
         raise Problem("--views stores the features of a frozen backbone; this one is trained: use --finetune head", 2)
     augmented = augmentation(model, train[0].recipe, args)
     plain = deeplcms.evaluation_transform(model.image_size, model.mean, model.std)
-    train_set = Pictures(train, classes, augmented, DRAW_SEED if views else args.seed)
+    train_set = Pictures(train, classes, augmented, seed_of_draws(model, args))
     val_set = Pictures(val, classes, plain)
     if views:
         # All folds share the features of all pictures.
@@ -575,7 +580,7 @@ def draw_curves(run, history, title):
 def draw_transformed(run, pictures, classes, model, args):
     """Article, Figure 4: training pictures as the network sees them, draw 0."""
     shown = pictures[:: max(1, len(pictures) // 9)][:9]
-    data = Pictures(shown, classes, augmentation(model, pictures[0].recipe, args), args.seed)
+    data = Pictures(shown, classes, augmentation(model, pictures[0].recipe, args), seed_of_draws(model, args))
     with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6)) as axes:
         axes.axis("off")  # one for all pictures: this is drawn for every fold
         for k, (picture, (x, _)) in enumerate(zip(shown, data, strict=False)):
@@ -714,7 +719,7 @@ def train_in(run, args, backbone, pictures, fold, settings):
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "pictures": {"train": len(train), "val": len(val)},
         "device": str(device),
-    } | {name: getattr(args, name) for name in ("epochs", "batch_size", "optimizer", "scheduler", "weights")}
+    }
     say(
         f"{backbone} ({origin}, {config['finetune']} trained, {config['trained_parameters']:,} of "
         f"{config['parameters']:,} parameters), grid {model.grid}, {model.image_size} x {model.image_size} pictures: "
