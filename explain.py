@@ -52,6 +52,7 @@ from convert import (
 )
 from deeplcms import (
     Picture,
+    called_class,
     choose_device,
     evaluation_transform,
     figure,
@@ -64,7 +65,7 @@ from deeplcms import (
 )
 
 BATCH = 16
-EVIDENCE = {"cmap": "YlOrRd", "vmin": 0}
+EVIDENCE = {"cmap": "YlOrRd", "vmin": 0}  # its colours in every figure
 
 # ---------------------------------------------------------------- scores, layers, and where their units look
 
@@ -208,7 +209,7 @@ def heat_maps(scores, layers, u, k, shape):
     context = LayerCAM(scores, [m for _, m in layers], reshape_transform=to_map) if layers else contextlib.nullcontext()
     with context as cam:
         for batch in tqdm(u.split(BATCH), desc="heat", unit="batch", disable=None):
-            batch = batch.to(scores.zero.device).clone().requires_grad_(True)  # the way of gradients, if all is frozen
+            batch = batch.to(scores.zero.device).clone().requires_grad_(True)  # a path for gradients if all is frozen
             out = scores(batch)
             if layers:
                 found = cam(k, out, normalized=False)
@@ -651,7 +652,7 @@ def explain(args):
     with torch.inference_mode():
         logits = torch.cat([model(batch.to(device) + scores.zero).cpu() for batch in u.split(BATCH)])
     probabilities = probabilities_of(logits).numpy()
-    called = probabilities.argmax(1)
+    called = called_class(probabilities)
     for item, p, c in zip(items, probabilities, called, strict=True):
         item["group"] = item["phenotype"] or classes[c]  # a run that nobody labelled counts as what it is called
         item["caption"] = f"P({class_name}) = {p[k]:.2f}"

@@ -24,11 +24,13 @@ import json
 import math
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -769,6 +771,17 @@ def train_in(run, args, backbone, pictures, fold, settings):
 # ---------------------------------------------------------------- tuning
 
 
+def command_of(settings):
+    """The command that trains with these settings (of `describe`): every flag that is not at its default."""
+    usual = vars(make_parser().parse_args([])) | {"backbone": None, "fold": None, "amp": torch.cuda.is_available()}
+    command = "python train.py"
+    for name, value in settings.items():
+        if value != usual[name]:
+            flag = "--" + ("no-" if value is False else "") + name.replace("_", "-")
+            command += f" {flag}" + ("" if isinstance(value, bool) else f" {shlex.quote(str(value))}")
+    return command
+
+
 class EveryCombinationFirst(optuna.samplers.TPESampler):
     """Optuna's TPE sampler, but the first eight trials are the eight combinations of optimizer and scheduler.
 
@@ -811,6 +824,7 @@ def tune(args, backbone, pictures):
     import optuna.visualization.matplotlib as draw
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of every plot
     train, val, classes = split_pictures(pictures, args)
     folder = Path(args.out) / Path(args.data).resolve().name / backbone / "tune"
     folder.mkdir(parents=True, exist_ok=True)
@@ -865,13 +879,9 @@ def tune(args, backbone, pictures):
         except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few finished trials to say anything
             say(f"{name}.png is left out: {error}")
     best = study.best_trial
-    say(
-        f"{len(study.trials)} trials in {folder}; best validation loss {best.value:.3f}, trial {best.number}. Train it:"
-    )
-    say(
-        f"  python train.py --backbone {backbone} --data {args.data} --optimizer {best.params['optimizer']} "
-        f"--scheduler {best.params['scheduler']} --lr {best.user_attrs['lr']:.3g}"
-    )
+    found = f"best validation loss {best.value:.3f}, trial {best.number}"
+    winner = describe(args, backbone, None) | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}")}
+    say(f"{len(study.trials)} trials in {folder}; {found}. Train it:\n  {command_of(winner)}")
 
 
 # ---------------------------------------------------------------- command line

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -338,7 +339,11 @@ def test_tuning_covers_the_eight_combinations_in_eight_trials(demo, tmp_path):
     assert done.returncode == 0, done.stderr
     trials = rows_of(tmp_path / "runs/demo/pixels/tune/trials.csv")
     assert len({(t["params_optimizer"], t["params_scheduler"]) for t in trials}) == 8 == len(trials)
-    assert "--optimizer" in done.stdout.splitlines()[-1]
+    # The command that it prints trains with the settings of the best trial, all else as given.
+    winner = train.parse_arguments(shlex.split(done.stdout.splitlines()[-1])[2:])
+    best = min(trials, key=lambda trial: float(trial["value"]))
+    assert (winner.optimizer, winner.scheduler) == (best["params_optimizer"], best["params_scheduler"])
+    assert (winner.image_size, winner.erase, winner.weights, winner.epochs, winner.lr) == (64, 0, "random", 2, 0.01)
 
 
 def test_two_processes_share_one_study_without_losing_a_trial(demo, tmp_path):
