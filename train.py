@@ -535,8 +535,7 @@ def suggest_lr(rates, losses):
 
     Smoothed with a Gaussian of half a decade: centred, for a running mean lags behind and suggests too high a rate.
     Only the first fall counts: what comes after the loss has risen again is the noise of a shaken network. A network
-    that starts at random may need more batches than these to learn anything: the loss then only rises, and the highest
-    rate that did no harm yet is taken.
+    that starts at random may need more batches than these to learn anything: where no fall exceeds 2 %, it is 1e-3.
     """
     losses = np.array([loss for loss in losses if math.isfinite(loss)])
     per_decade = (len(rates) - 1) / math.log10(rates[-1] / rates[0])
@@ -546,9 +545,7 @@ def suggest_lr(rates, losses):
     valley = int(smooth[: risen[0] if len(risen) else None].argmin())
     if smooth[0] - smooth[valley] > 0.02 * smooth[0]:
         return float(rates[np.gradient(smooth)[: valley + 1].argmin()]), "steepest descent", smooth
-    if len(risen):
-        return float(rates[risen[0] - 1]), "no descent; the loss rises from here", smooth
-    return 1e-3, "the loss does not change; the usual rate", smooth
+    return 1e-3, "no descent; the usual rate", smooth
 
 
 def endless(loader):
