@@ -538,7 +538,7 @@ def overlay(path, evidence, table, recipe, title, n_names=10):
     """
     with figure(path, title, (11, 6.5)) as axis:
         shown = show(axis, evidence, recipe, **EVIDENCE, vmax=np.quantile(evidence, 0.999) or 1)
-        axis.figure.colorbar(shown, ax=axis, label="evidence, smoothed", location="bottom", shrink=0.9)
+        axis.figure.colorbar(shown, ax=axis, label="evidence, smoothed", location="bottom", shrink=0.9, aspect=40)
         first = table.head(n_names).sort_values("mz").reset_index(drop=True)
         circle = {"linestyle": "", "marker": "o", "markerfacecolor": "none"}
         axis.plot(table["rt"], table["mz"], markersize=3, color="0.45", label="feature", **circle)
