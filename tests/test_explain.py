@@ -223,6 +223,19 @@ def test_new_pictures_are_explained_and_those_of_other_axes_refused(runs, tmp_pa
         run_explain(runs["pixels"], "--input", tmp_path / "moved.png")
 
 
+def test_a_raw_run_is_explained_as_its_picture_is(demo, run):
+    picture = next(demo.glob("test/exposed/*.png"))
+    tables = []
+    for source in (picture, demo / "raw" / f"{picture.stem}.mzML"):
+        flags = ["--layers", "layer1", "layer2", "--query", "average_rt_min_ < 5 and ontology == 'planted'"]
+        assert run_explain(run, "--input", source, "--features", demo / "features.csv", *flags) == 0
+        tables.append(pd.read_csv(next(run.glob("explain/input-*layer1+layer2*/features.csv"))))
+    first, second = tables
+    assert len(first) and (first.rt < 5).all() and set(first.ontology) == {"planted"}
+    columns = ["rank", "name", "evidence", "drop"]  # heat is named after the phenotype, which a raw run has not
+    pd.testing.assert_frame_equal(first[columns], second[columns], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [

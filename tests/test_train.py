@@ -325,12 +325,28 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(demo, tmp_path
 
 
 def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(demo, tmp_path):
-    arguments = ["--backbone", "test_resnet", "pixels", "--data", demo, "--epochs", 1, "--lr", 0.01, *TINY]
+    backbones = ["inception_v3", "test_resnet", "pixels"]  # the first cannot do with pictures of 64 pixels
+    arguments = ["--backbone", *backbones, "--data", demo, "--epochs", 1, "--lr", 0.01, *TINY]
     first = call("train.py", *arguments, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
+    assert first.returncode == 1 and "left out: inception_v3: " in first.stderr and "Traceback" not in first.stderr
     again = call("train.py", *arguments, cwd=tmp_path)
     assert again.stdout.count("is finished already") == 2
-    assert len(list(tmp_path.glob("runs/demo/*/seed*"))) == 2
+    assert len(list(tmp_path.glob("runs/demo/*/seed*/best.pt"))) == 2
+
+
+def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo):
+    arguments = ["--backbone", "test_resnet", "--weights", "random", "--image-size", 64, "--shuffle-labels"]
+    done = call("train.py", *arguments, "--epochs", 30, "--patience", 1, cwd=demo.parent)
+    assert done.returncode == 0, done.stderr
+    folder = demo.parent / "runs/demo/test_resnet/seed2643-shuffled"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["shuffle_labels"] and config["grid"] == train.DEMO["grid"] and config["lr"] == train.DEMO["lr"]
+    assert len(rows_of(folder / "epochs.csv")) == config["best_epoch"] + 1 < 30
+
+
+def test_patterns_keep_the_backbones_of_a_size():
+    assert train.expand_backbones(["regnetx_0*"], (6, 8)) == ["regnetx_006", "regnetx_008"]
+    assert len(train.expand_backbones(["article", "regnetx_002"], None)) == 31
 
 
 def test_tuning_covers_the_eight_combinations_in_eight_trials(demo, tmp_path):
