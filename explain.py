@@ -227,18 +227,19 @@ def evidence_map(scores, u, k):
     Both are taken over the pictures u (N, 3, size, size): the gradient of score k with respect to each pixel, and the
     covariance of each pixel with the probability of class k. The gradient alone is as large where all runs are alike;
     the covariance alone is what the calls go with, wherever the network looks. Phenotypes do not enter, so a network
-    that calls at random has random evidence. A single picture varies from nothing: its difference from the blank
-    picture stands for the covariance then.
+    that calls at random has random evidence. Pictures that are all called alike (one run, pooled runs) have no calls to
+    go with: their mean difference from the blank picture stands for the covariance then.
     """
     gradient, p = 0, []
     for batch in tqdm(u.split(BATCH), desc="evidence", unit="batch", disable=None):
         batch = batch.to(scores.zero.device).clone().requires_grad_(True)
         z = scores(batch)
         gradient = gradient + torch.autograd.grad(z[:, k].sum(), batch)[0].abs().sum(0).double().cpu() / len(u)
-        p.append(scores.probabilities(z.detach().double())[:, k].cpu())
+        p.append(scores.probabilities(z.detach().double()).cpu())
     p = torch.cat(p)
-    p = p - p.mean() if len(p) > 1 else torch.ones(1)
-    covariance = torch.einsum("n,ncyx->cyx", p, u.double()) / len(u)
+    alike = len(set(called_class(p.numpy()).tolist())) == 1
+    weight = torch.ones(len(u), dtype=torch.double) if alike else p[:, k] - p[:, k].mean()
+    covariance = torch.einsum("n,ncyx->cyx", weight, u.double()) / len(u)
     return (gradient * covariance.abs()).sum(0).numpy()
 
 

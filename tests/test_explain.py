@@ -188,6 +188,7 @@ def test_evidence_is_where_the_network_looks_and_what_goes_with_its_calls():
     with torch.no_grad():
         scores.model.head.weight.zero_()
         scores.model.head.weight[0, [0, 1]] = torch.tensor([80.0, 1.0])  # of the first channel's first row
+        scores.model.head.bias.fill_(-15)
     u = torch.zeros(6, 3, 8, 8)
     u[:, 0, 0, 0] = torch.arange(6.0)  # looked at, and varies: it makes the calls
     u[:, 0, 0, 1] = 3  # looked at, but the same in all pictures
@@ -197,8 +198,9 @@ def test_evidence_is_where_the_network_looks_and_what_goes_with_its_calls():
         assert evidence.shape == (8, 8) and evidence[0, 0] > 0
         evidence[0, 0] = 0
         assert np.allclose(evidence, 0)
-    # One picture varies from nothing: what differs from the blank picture counts.
-    assert (explain.evidence_map(scores, u[-1:], 1)[0, :3] > 0).tolist() == [True, True, False]
+    # Where all are called alike, what differs from the blank picture counts.
+    for alike in (u[-1:], u[-2:]):
+        assert (explain.evidence_map(scores, alike, 1)[0, :3] > 0).tolist() == [True, True, False]
 
 
 def test_no_flag_overwrites_the_answer_of_another(runs):
