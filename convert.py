@@ -61,7 +61,7 @@ def run_script(main):
     except OSError as error:  # a full disk, a folder that may not be written
         line, status = f"{error.filename or 'input or output'}: {error.strerror or error}", 1
     except KeyboardInterrupt:
-        line, status = "interrupted; the same command goes on from here", 130
+        line, status = "interrupted", 130
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(status)
 
@@ -494,7 +494,8 @@ def check_splits(rows, group_by):
         raise Problem(f"{len(torn)} groups of column '{group_by}' lie in more than one split: {first_few(torn)}", 2)
     for split in SPLITS:
         if absent := {row["phenotype"] for row in rows} - {row["phenotype"] for row in rows if row["split"] == split}:
-            advice = "raise --test or --val, or give a 'split' column" + ", or smaller groups" * bool(group_by)
+            advice = f"{'lower' if split == 'train' else 'raise'} --test or --val, or give a 'split' column"
+            advice += ", or smaller groups" * bool(group_by)
             raise Problem(f"the {split} split has no run of {first_few(absent)} ({len(rows)} runs in all): {advice}", 2)
 
 
@@ -839,7 +840,10 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))
     if args.demo:
         write_demo(args.demo, args.runs, args.seed, args.workers)
-    return convert(args)
+    try:
+        return convert(args)
+    except KeyboardInterrupt:
+        raise Problem("interrupted; the same command goes on from here", 130) from None
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from convert import SPLITS, Problem, Recipe, first_few, first_line, read_table, 
 
 
 class Picture:
-    """One PNG of a data set: path, phenotype, sample_name, group, shift (pixels) and what its text chunks say."""
+    """One PNG of a data set: path, phenotype, sample_name, group, is_copy, and what its text chunks say."""
 
     def __init__(self, path, phenotype="", group=""):
         self.path, self.phenotype, self.group = Path(path), phenotype, group
@@ -57,7 +57,7 @@ class Picture:
 def find_pictures(data_dir, splits=SPLITS):
     """{split: [Picture]} of an image folder that convert.py made: data_dir/<split>/<phenotype>/*.png.
 
-    Raises Problem where a split or class is missing or the pictures do not share one size and one recipe: on other
+    Raises Problem where a split is missing or the pictures do not share one size and one recipe: on other
     axes the same pixel is another compound.
     """
     data_dir = Path(data_dir)
@@ -199,10 +199,14 @@ class Classifier(nn.Module):
             config = timm.data.resolve_model_data_config(self.backbone)
             self.mean, self.std = config["mean"], config["std"]
             self.grid = grid or 1
-        with torch.no_grad():
-            self.backbone.eval()
-            n_features = self.features(torch.zeros(1, 3, self.image_size, self.image_size)).shape[1]
-            self.backbone.train()
+        self.backbone.eval()
+        try:
+            with torch.no_grad():
+                n_features = self.features(torch.zeros(1, 3, self.image_size, self.image_size)).shape[1]
+        except Exception as error:  # every architecture has its own
+            size = f"{self.image_size} x {self.image_size}"
+            raise Problem(f"{backbone} cannot do with pictures of {size}: {first_line(error) or error!r}") from None
+        self.backbone.train()
         self.standardize = nn.BatchNorm1d(n_features, affine=False)
         self.head = nn.Linear(n_features, 1 if n_classes == 2 else n_classes)
         nn.init.zeros_(self.head.weight)  # every picture starts at even odds

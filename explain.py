@@ -5,13 +5,13 @@
     python explain.py --class control --layers layer2 --n 4
     python explain.py --input pooled.mzML new_run.mzML.gz
 
-Three answers, in minutes and m/z. Heat (LayerCAM) shows where a picture's evidence lies, roughly: the layers behind
-see a map through their strides, so that heat gathers on a lattice beside the peak. Evidence ranks the features, as
-heat also lights whatever is bright: a pixel counts that the network answers to (its gradient) and that goes with the
-network's calls from picture to picture (its covariance with the probability). Blanking confirms the first of the
-ranking and gives the direction: the logit drops when the box of a compound that speaks for the class is painted in the
-colour of zero. None of them proves a cause: a network needs only some of the compounds that differ, a bright neighbour
-in the same box looks the same to it, and what goes with its calls need not be what they are made of.
+Three answers, in minutes and m/z. Heat (LayerCAM) shows where a picture's evidence lies, roughly: a network looks at
+every second or fourth cell of a map, so that heat gathers on a lattice of spots beside the peak. Evidence ranks the
+features, as heat also lights whatever is bright: a pixel counts that the network answers to (its gradient) and that
+goes with the network's calls from picture to picture (its covariance with the probability). Blanking confirms the first
+of the ranking and gives the direction: the logit drops when the box of a compound that speaks for the class is painted
+in the colour of zero. None of them proves a cause: a network needs only some of the compounds that differ, a bright
+neighbour in the same box looks the same to it, and what goes with its calls need not be what they are made of.
 
 Written to RUN/explain/: cam_grid.png, class_maps.png, overlay.png, regions.csv, features.csv, faithfulness.json. Flags
 that choose other pictures, class, layers or features add a folder named after them below it, so that no command
@@ -349,7 +349,7 @@ def read_features(path):
             raise Problem(f"{path}, line {rows[at][0]}: {source} {table[source].iloc[at]!r} is not a number", 2)
         table[kind] = values.astype(float)
     source = find(columns, "name")
-    table["name"] = table[source].astype(str) if source else ""
+    table["name"] = [row[columns.index(source)].strip() for _, row in rows] if source else ""
     return table
 
 
@@ -393,7 +393,7 @@ def select(table, query):
     def text_of(node):
         for constant in ast.walk(node):
             if isinstance(constant, ast.Constant) and type(constant.value) in (int, float):
-                constant.value = f"{constant.value:g}"
+                constant.value = f"{constant.value:.15g}"
 
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
@@ -433,6 +433,7 @@ def over_peaks(map_, x, y, recipe, mean):
 
 def rank_features(table, evidence, heats, recipe):
     """The table in the order of evidence, with rank, evidence, and the mean of each of `heats` {column: map}."""
+    table = table.drop(columns=["rank", "drop", "drop_se"], errors="ignore")  # of an earlier answer
     x, y = recipe.to_fraction(table["rt"].to_numpy(), table["mz"].to_numpy())
     own = {"evidence": over_peaks(evidence, x, y, recipe, mean=False)}
     own |= {name: over_peaks(map_, x, y, recipe, mean=True) for name, map_ in heats.items()}
@@ -569,6 +570,8 @@ def load_items(args, checkpoint):
     recipe, classes = checkpoint["recipe"], checkpoint["classes"]
     data = Path(args.data or checkpoint["config"]["data"])
     if not args.input:
+        if not (args.data or data.is_dir()):
+            raise Problem(f"{data}: this run's data set is not there any more; say where it is with --data", 2)
         pictures = [p for p in find_pictures(data, (args.split,))[args.split] if not p.is_copy]
     else:
         pictures = []
@@ -598,10 +601,15 @@ def load_items(args, checkpoint):
 
 def output_folder(run, args, checkpoint):
     """RUN/explain, or below it a folder named after the flags that ask another question."""
+
+    def digest(items):  # two files of one name are two questions
+        items = [str(item.resolve() if isinstance(item, Path) else item) for item in items]
+        return f"-{zlib.crc32(repr(items).encode()):08x}"
+
     parts = []
     if args.input:
-        more = f"+{len(args.input) - 1}-{zlib.crc32(repr(args.input).encode()):08x}" if args.input[1:] else ""
-        parts.append("input-" + Path(args.input[0]).name.partition(".")[0] + more)
+        more = f"+{len(args.input) - 1}" if args.input[1:] else ""
+        parts.append("input-" + Path(args.input[0]).name.partition(".")[0] + more + digest(map(Path, args.input)))
     elif args.split != "test":
         parts.append(args.split)
     if args.data:
@@ -611,9 +619,9 @@ def output_folder(run, args, checkpoint):
     if args.layers:
         parts.append("layers-" + "+".join(args.layers))
     if args.features:
-        parts.append(f"features-{Path(args.features).stem}")
+        parts.append(f"features-{Path(args.features).stem}{digest([Path(args.features)])}")
     if args.query:
-        parts.append(f"query-{zlib.crc32(args.query.encode()):08x}")
+        parts.append("query" + digest([args.query]))
     return Path(run) / "explain" / "_".join(parts)
 
 
@@ -658,7 +666,7 @@ def explain(args):
         item["group"] = item["phenotype"] or classes[c]  # a run that nobody labelled counts as what it is called
         item["caption"] = f"P({class_name}) = {p[k]:.2f}"
     of_class = np.array([item["group"] == class_name for item in items])
-    other = classes[1 - k] if len(classes) == 2 else "other"
+    other = classes[1 - k] if len(classes) == 2 else f"not {class_name}"
     groups = {name: chosen for name, chosen in ((class_name, of_class), (other, ~of_class)) if chosen.any()}
 
     shape = recipe.bins[::-1]  # (n_mz, n_rt)

@@ -2,7 +2,7 @@
 
 Article, "Transfer learning", "Hyperparameter optimisation" and "Evaluating the final model". The heart is `fit`, the
 training loop; what is fed into it (fresh pictures or stored features, all of them or a fold, a share of them in each
-of several processes) is decided before it, in `train_once`.
+of several processes) is decided before it, in `make_loaders`.
 
     python train.py --backbone mobileone_s3                       # the demo cohort, made first if it is not there
     python train.py --backbone mobileone_s3 --data data/golestan --repeats 5
@@ -31,6 +31,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -120,11 +121,15 @@ def offline_if_unreachable():
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
+def grid_of(args, backbone):
+    """--grid is meant for networks: pixels beside them, or at the demo's settings, keep the grid of their own."""
+    others = len(args.backbone) > 1 or (args.demo and args.grid == DEMO["grid"])
+    return None if backbone == "pixels" and others else args.grid
+
+
 def build_model(args, backbone, n_classes):
     """(model, where its weights come from); frozen or not, as --weights and --finetune ask."""
-    # In a sweep --grid is meant for the networks; the pixels keep the grid of their own.
-    grid = None if backbone == "pixels" and (args.demo or args.sweep) else args.grid
-    options = {"grid": grid, "image_size": args.image_size}
+    options = {"grid": grid_of(args, backbone), "image_size": args.image_size}
     if backbone == "pixels":
         return Classifier(backbone, n_classes, **options).freeze(), "no network"
     if args.weights in ("auto", "pretrained"):
@@ -153,6 +158,8 @@ def build_model(args, backbone, n_classes):
             load_weights(model, args.weights)
             origin = f"file {args.weights}"
     frozen = (args.finetune or ("all" if origin == "random initialisation" else "head")) == "head"
+    if args.views not in ("auto", 0) and not frozen:
+        raise Problem("--views stores the features of a frozen backbone; this one is trained: use --finetune head", 2)
     return model.freeze() if frozen else model, origin
 
 
@@ -167,6 +174,8 @@ def load_weights(model, path):
             raise Problem(f"--weights {path}: {error}", 2) from None
     else:
         state = load_checkpoint(path)
+    if not isinstance(state, dict):
+        raise Problem(f"--weights {path}: not a state dict", 2)
     state = state.get("model", state.get("state_dict", state))
     if any(name.startswith("backbone.") for name in state):
         state = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
@@ -193,7 +202,7 @@ class EpochBatches:
 
     def __init__(self, n, batch_size, seed, views=0):
         self.n, self.seed, self.views, self.epoch = n, seed, views, 0
-        self.n_batches = max(1, math.ceil(n / (batch_size * WORLD)))
+        self.n_batches = max(1, min(math.ceil(n / (batch_size * WORLD)), n // (2 * WORLD)))
 
     def __len__(self):
         return self.n_batches
@@ -319,8 +328,6 @@ def make_loaders(model, train, val, pictures, classes, args, device):
         views = 4 if model.frozen else 0
         if model.frozen:
             say("--views auto: the backbone is frozen, so 4 draws of each picture are run through it once and stored")
-    if views and not model.frozen:
-        raise Problem("--views stores the features of a frozen backbone; this one is trained: use --finetune head", 2)
     augmented = augmentation(model, train[0].recipe, args)
     plain = deeplcms.evaluation_transform(model.image_size, model.mean, model.std)
     train_set = Pictures(train, classes, augmented, seed_of_draws(model, args))
@@ -444,7 +451,8 @@ def fit(model, loaders, args, device, lr, run=None, facts=None, start=None, afte
         val_loss, val = validate(model, loaders["val"], args, device)
         if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
             kept = f"; the last good epoch is in {run}/last.pt" if run and history else ""
-            raise Problem(f"the loss became {train_loss} in epoch {epoch}: try a lower --lr than {lr:.2g}{kept}")
+            bad = val_loss if math.isfinite(train_loss) else train_loss
+            raise Problem(f"the loss became {bad} in epoch {epoch}: try a lower --lr than {lr:.2g}{kept}")
         row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss}
         row["train_accuracy"] = metrics_of(labels, probabilities_of(logits))["accuracy"]
         row |= {f"val_{name}": val[name] for name in ("accuracy", "precision", "recall", "f1", "roc_auc")}
@@ -598,7 +606,8 @@ def describe(args, backbone, fold):
     """The settings that make two trainings the same one; config.json holds them and a sweep compares them."""
     names = """grid image_size epochs patience batch_size lr optimizer scheduler weights finetune rotate
         weight_decay color_jitter erase views folds seed positive shuffle_labels amp""".split()
-    return {"backbone": backbone, "fold": fold, "data": str(args.data)} | {name: getattr(args, name) for name in names}
+    settings = {"backbone": backbone, "fold": fold, "data": str(args.data)}
+    return settings | {name: getattr(args, name) for name in names} | {"grid": grid_of(args, backbone)}
 
 
 def run_folder(args, backbone, fold, settings):
@@ -612,13 +621,11 @@ def run_folder(args, backbone, fold, settings):
         config = read_config(run) if args.sweep else None
         if config and config["settings"] == settings:
             return run, config
-        if RANK == 0:
-            try:
-                run.mkdir(parents=True)
-            except FileExistsError:
-                number += 1
-                continue
-        return run, None
+        try:
+            run.mkdir(parents=True)
+            return run, None
+        except FileExistsError:
+            number += 1
 
 
 def read_config(run):
@@ -676,12 +683,13 @@ def split_pictures(pictures, args, fold=None):
 
 def train_once(args, backbone, pictures, fold=None):
     """One training from pictures to checkpoints; returns (run folder, config). The output of `python train.py`."""
-    settings = describe(args, backbone, fold)
-    run, config = (
-        (Path(args.resume), read_config(Path(args.resume)))
-        if args.resume
-        else run_folder(args, backbone, fold, settings)
-    )
+    # The pictures' text chunks tell another cohort or conversion in the same folder.
+    texts = sorted((p.path.name, sorted(p.text.items())) for split in pictures.values() for p in split)
+    settings = describe(args, backbone, fold) | {"pictures": zlib.crc32(repr(texts).encode())}
+    if args.resume:
+        run, config = Path(args.resume), read_config(Path(args.resume))
+    else:  # one process finds the folder for all
+        run, config = gathered(run_folder(args, backbone, fold, settings) if RANK == 0 else None)[0]
     if config and config.get("status") == "finished":
         say(f"{run} is finished already")
         return run, config
@@ -690,6 +698,10 @@ def train_once(args, backbone, pictures, fold=None):
     except Problem:
         if RANK == 0 and run.is_dir() and not any(run.iterdir()):
             run.rmdir()  # a training that never began leaves no folder
+        raise
+    except KeyboardInterrupt:
+        if (run / "config.json").exists():
+            say(f"to go on: python train.py --resume {run}")
         raise
 
 
@@ -825,9 +837,11 @@ def tune(args, backbone, pictures):
     train, val, classes = split_pictures(pictures, args)
     folder = Path(args.out) / Path(args.data).resolve().name / backbone / "tune"
     folder.mkdir(parents=True, exist_ok=True)
+    settings = describe(args, backbone, None)
+    question = [item for item in settings.items() if item[0] not in ("optimizer", "scheduler")]
     study = open_study(
         args.storage or f"sqlite:///{folder}/study.db",
-        f"{Path(args.data).resolve().name}-{backbone}-seed{args.seed}",
+        f"{Path(args.data).resolve().name}-{backbone}-seed{args.seed}-{zlib.crc32(repr(question).encode()):08x}",
         EveryCombinationFirst(seed=args.seed),
         optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5)),
     )
@@ -853,12 +867,18 @@ def tune(args, backbone, pictures):
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        history = fit(model, loaders, trial_args, device, lr, after_epoch=report)
+        try:
+            history = fit(model, loaders, trial_args, device, lr, after_epoch=report)
+        except Problem as problem:
+            say(f"trial {trial.number} is given up: {problem}")
+            raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
         return min(row["val_loss"] for row in history)
 
     limit = optuna.study.MaxTrialsCallback(args.tune, states=FINISHED)
     if len(study.get_trials(states=FINISHED)) < args.tune:
-        study.optimize(objective, callbacks=[limit], catch=(Problem,))
+        study.optimize(objective, callbacks=[limit])
+    if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
+        raise Problem("--tune: the loss became infinite in every trial; try a lower --lr")
     with whole_file(folder / "trials.csv") as temporary:
         study.trials_dataframe().to_csv(temporary, index=False)
     importance = optuna.importance.PedAnovaImportanceEvaluator()
@@ -877,7 +897,7 @@ def tune(args, backbone, pictures):
             say(f"{name}.png is left out: {error}")
     best = study.best_trial
     found = f"best validation loss {best.value:.3f}, trial {best.number}"
-    winner = describe(args, backbone, None) | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}")}
+    winner = settings | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}")}
     say(f"{len(study.trials)} trials in {folder}; {found}. Train it:\n  {command_of(winner)}")
 
 
@@ -1002,6 +1022,12 @@ def parse_arguments(argv=None):
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp
     if args.folds == 1 or args.folds < 0 or args.workers < 0 or args.tune < 0:
         raise Problem("--folds must be 0 or at least 2; --workers and --tune 0 or more", 2)
+    if min(args.rotate, args.color_jitter, args.weight_decay) < 0 or not 0 <= args.erase <= 1:
+        raise Problem("--rotate, --color-jitter and --weight-decay must be 0 or more, --erase 0 to 1", 2)
+    if args.views != "auto" and args.views < 0:
+        raise Problem("--views must be auto, 0 or more", 2)
+    if args.tune and WORLD > 1:
+        raise Problem("--tune is one process; start several, each with the same --storage", 2)
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():
         raise Problem(f"--weights {args.weights}: no such file (nor auto, pretrained or random)", 2)
     return args
@@ -1021,7 +1047,9 @@ def main():
         given = ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in DEMO)
         say(f"no --data: the demo cohort, at settings that two CPU cores can manage ({given})")
         if RANK == 0 and not (Path(args.data) / "samples.csv").exists():
-            subprocess.run([sys.executable, Path(__file__).with_name("convert.py"), "--demo", args.data], check=True)
+            done = subprocess.run([sys.executable, Path(__file__).with_name("convert.py"), "--demo", args.data])
+            if done.returncode:
+                return done.returncode
         gathered(None)  # the others wait for the cohort
     pictures = deeplcms.find_pictures(args.data, ("train", "val"))  # read once for all trainings
     if args.tune:
@@ -1038,11 +1066,12 @@ def main():
                 args.seed = seed
                 try:
                     results.append(train_once(args, backbone, pictures, fold))
-                except (Problem, RuntimeError) as problem:  # RuntimeError: out of memory, an operator that is missing
+                except Exception as problem:  # out of memory, an operator that is missing, a size that does not suit
                     if not args.sweep or getattr(problem, "status", 1) == 2:
                         raise
-                    failures[backbone] = first_line(problem)
-                    say(f"failed: {backbone}: {failures[backbone]}")
+                    name = f"{backbone}, seed {seed}" + (f", fold {fold}" if fold is not None else "")
+                    failures[name] = first_line(problem) or repr(problem)
+                    say(f"failed: {name}: {failures[name]}")
     if len(results) > 1:
         losses = np.array([config["best_val_loss"] for _, config in results])
         spread = f"{losses.mean():.3f} +- {losses.std(ddof=1):.3f}"
@@ -1050,8 +1079,8 @@ def main():
     if results:
         folders = " ".join(str(run) for run, _ in results) if len(results) < 4 else str(results[0][0].parents[1])
         say(f"next:\n  python evaluate.py {folders}\n  python explain.py {results[0][0]}")
-    for backbone, reason in failures.items():
-        print(f"left out: {backbone}: {reason}", file=sys.stderr)
+    for name, reason in failures.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -253,6 +253,7 @@ def test_batches_hold_every_picture_once_and_never_one_alone():
     batches.epoch = 1
     assert [i for batch in batches for i, _ in batch] != [i for batch in first for i, _ in batch]
     assert {draw for batch in batches for _, draw in batch} == {1}
+    assert min(map(len, train.EpochBatches(19, 2, seed=3))) == 2
 
 
 def test_pretrained_weights_come_from_the_local_cache(tmp_path, monkeypatch):
@@ -315,8 +316,10 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(demo, tmp_path
     assert one.returncode == 0, one.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
     command += [str(ROOT / "train.py"), *map(str, arguments), "--batch-size", "5", "--out", "two"]
-    two = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr
+    for folder in ("seed2643", "seed2643-2"):  # the same command again goes to another folder, in both processes
+        two = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert two.returncode == 0, two.stderr
+        assert (tmp_path / "two/demo/test_resnet" / folder / "best.pt").exists()
     for a, b in zip(
         *(rows_of(tmp_path / f"{n}/demo/test_resnet/seed2643/epochs.csv") for n in ("one", "two")), strict=True
     ):
@@ -328,7 +331,8 @@ def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(de
     backbones = ["inception_v3", "test_resnet", "pixels"]  # the first cannot do with pictures of 64 pixels
     arguments = ["--backbone", *backbones, "--data", demo, "--epochs", 1, "--lr", 0.01, *TINY]
     first = call("train.py", *arguments, cwd=tmp_path)
-    assert first.returncode == 1 and "left out: inception_v3: " in first.stderr and "Traceback" not in first.stderr
+    assert first.returncode == 1 and "Traceback" not in first.stderr
+    assert "left out: inception_v3, seed 2643: inception_v3 cannot do with pictures of 64 x 64" in first.stderr
     again = call("train.py", *arguments, cwd=tmp_path)
     assert again.stdout.count("is finished already") == 2
     assert len(list(tmp_path.glob("runs/demo/*/seed*/best.pt"))) == 2
@@ -342,6 +346,14 @@ def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo):
     config = json.loads((folder / "config.json").read_text())
     assert config["shuffle_labels"] and config["grid"] == train.DEMO["grid"] and config["lr"] == train.DEMO["lr"]
     assert len(rows_of(folder / "epochs.csv")) == config["best_epoch"] + 1 < 30
+
+
+def test_pixels_keep_a_grid_of_their_own_beside_networks_and_in_the_demo():
+    grids = []
+    for flags in ("pixels", "pixels --grid 7", "pixels vit --grid 7", "pixels --data x", "pixels --grid 7 --data x"):
+        args = train.parse_arguments(["--backbone", *flags.split()])
+        grids.append(train.describe(args, "pixels", None)["grid"])
+    assert grids == [None, 7, None, None, 7]
 
 
 def test_patterns_keep_the_backbones_of_a_size():
@@ -395,6 +407,8 @@ def test_shuffled_labels_follow_the_parent_and_keep_the_counts(demo):
         (["--backbone", "test_resnet", "--data", "demo", "--weights", "gone.pt"], 2, "gone.pt: no such file"),
         (["--backbone", "test_resnet", "--data", "demo", "--weights", "pretrained"], 1, "--weights FILE or random"),
         (["--backbone", "test_resnet", "--data", "demo", "--views", "3", *TINY], 2, "--finetune head"),
+        (["--backbone", "test_resnet", "--data", "demo", "--erase", "2"], 2, "--erase 0 to 1"),
+        (["--backbone", "test_resnet", "--data", "demo", "--views", "-1"], 2, "--views"),
         (["--resume", "empty"], 2, "no config.json"),
         (["--backbone", "test_resnet", "--data", "demo", "--lr", "1e30", "--epochs", "2", *TINY], 1, "--lr"),
         (["--data", "demo"], 2, "--backbone"),
