@@ -791,21 +791,26 @@ def command_of(settings):
     return command
 
 
-class EveryCombinationFirst(optuna.samplers.TPESampler):
-    """Optuna's TPE sampler, but the first eight trials are the eight combinations of optimizer and scheduler.
+class EveryCombination(optuna.samplers.RandomSampler):
+    """Optuna's sampler of random values, but each trial takes the combination that was finished the fewest times.
 
-    The number of a trial is its own in every process that shares the study: no two of them take the same combination.
-    One that a killed process left behind is made up for.
+    Of several it is the one whose turn the number of the trial says, so that processes that share the study take
+    different ones: eight trials are the eight combinations of optimizer and scheduler.
     """
 
     combinations = [{"optimizer": o, "scheduler": s} for o in OPTIMIZERS for s in SCHEDULERS]
 
     def sample_independent(self, study, trial, name, distribution):
-        if trial.number < len(self.combinations):
-            return self.combinations[trial.number][name]
-        tried = [done.params for done in study.get_trials(deepcopy=False, states=FINISHED)]
-        missing = [c for c in self.combinations if c not in tried and trial.params.items() <= c.items()]
-        return missing[0][name] if missing else super().sample_independent(study, trial, name, distribution)
+        if not trial.params:  # asked for the first of both
+            tried, n = finished_of(study), len(self.combinations)
+            turns = {i: (tried.count(c), (i - trial.number) % n) for i, c in enumerate(self.combinations)}
+            self.chosen = self.combinations[min(turns, key=turns.get)]
+        return self.chosen[name]
+
+
+def finished_of(study):
+    """Parameters of each trial that was completed or pruned, in any process."""
+    return [trial.params for trial in study.get_trials(deepcopy=False, states=FINISHED)]
 
 
 def open_study(storage, name, sampler, pruner):
@@ -826,8 +831,9 @@ def open_study(storage, name, sampler, pruner):
 def tune(args, backbone, pictures):
     """Optuna over optimizer x scheduler (article, "Hyperparameter optimisation"), best validation loss as objective.
 
-    The first eight trials are the eight combinations; later ones are the sampler's. Trials are pruned at the median,
-    share the stored features of a frozen backbone, and write no checkpoints: the command printed at the end does.
+    Eight trials are all combinations; the next eight repeat them with the pictures in another order, which tells how
+    much of a difference is luck. Trials are pruned at the median, share the stored features of a frozen backbone, and
+    write no checkpoints: the command printed at the end does.
     """
     matplotlib.use("Agg")  # optuna's plots are made for a screen
     import optuna.visualization.matplotlib as draw
@@ -842,7 +848,7 @@ def tune(args, backbone, pictures):
     study = open_study(
         args.storage or f"sqlite:///{folder}/study.db",
         f"{Path(args.data).resolve().name}-{backbone}-seed{args.seed}-{zlib.crc32(repr(question).encode()):08x}",
-        EveryCombinationFirst(seed=args.seed),
+        EveryCombination(),
         optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5)),
     )
 
@@ -857,9 +863,12 @@ def tune(args, backbone, pictures):
         trial_args = copy.copy(args)
         trial_args.optimizer = trial.suggest_categorical("optimizer", list(OPTIMIZERS))
         trial_args.scheduler = trial.suggest_categorical("scheduler", list(SCHEDULERS))
+        trial_args.seed = args.seed + finished_of(study).count(trial.params)
+        loaders["train"].batch_sampler.seed = trial_args.seed
         model.load_state_dict(fresh)
         lr = find_lr(model, loaders["train"], trial_args, device) if args.lr == "auto" else args.lr
         trial.set_user_attr("lr", lr)
+        trial.set_user_attr("seed", trial_args.seed)
         say(f"trial {trial.number}: {trial_args.optimizer}, {trial_args.scheduler}, learning rate {lr:.2g}")
 
         def report(row):
@@ -875,7 +884,7 @@ def tune(args, backbone, pictures):
         return min(row["val_loss"] for row in history)
 
     limit = optuna.study.MaxTrialsCallback(args.tune, states=FINISHED)
-    if len(study.get_trials(states=FINISHED)) < args.tune:
+    if len(finished_of(study)) < args.tune:
         study.optimize(objective, callbacks=[limit])
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
         raise Problem("--tune: the loss became infinite in every trial; try a lower --lr")
@@ -897,7 +906,7 @@ def tune(args, backbone, pictures):
             say(f"{name}.png is left out: {error}")
     best = study.best_trial
     found = f"best validation loss {best.value:.3f}, trial {best.number}"
-    winner = settings | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}")}
+    winner = settings | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}"), "seed": best.user_attrs["seed"]}
     say(f"{len(study.trials)} trials in {folder}; {found}. Train it:\n  {command_of(winner)}")
 
 

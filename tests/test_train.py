@@ -372,6 +372,13 @@ def test_tuning_covers_the_eight_combinations_in_eight_trials(demo, tmp_path):
     best = min(trials, key=lambda trial: float(trial["value"]))
     assert (winner.optimizer, winner.scheduler) == (best["params_optimizer"], best["params_scheduler"])
     assert (winner.image_size, winner.erase, winner.weights, winner.epochs, winner.lr) == (64, 0, "random", 2, 0.01)
+    # More trials go on with the same study and try the combinations again, with the pictures in another order.
+    assert call("train.py", *arguments, "--tune", 9, cwd=tmp_path).returncode == 0
+    trials = rows_of(tmp_path / "runs/demo/pixels/tune/trials.csv")
+    again = next(trial for trial in trials[:8] if trial["params_optimizer"] == trials[8]["params_optimizer"])
+    assert len(trials) == 9 and trials[8]["params_scheduler"] == again["params_scheduler"]
+    assert int(trials[8]["user_attrs_seed"]) == int(again["user_attrs_seed"]) + 1
+    assert trials[8]["value"] != again["value"]
 
 
 def test_two_processes_share_one_study_without_losing_a_trial(demo, tmp_path):
