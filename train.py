@@ -147,8 +147,8 @@ def build_model(args, backbone, n_classes):
                     f"({type(error).__name__}); connect to the network once, or give --weights FILE or random"
                 ) from None
             say(
-                f"warning: no pretrained weights of {backbone} could be had ({type(error).__name__}): "
-                "random initialisation, and the whole network is trained"
+                f"warning: no pretrained weights of {backbone} could be had ({type(error).__name__}): random "
+                "initialisation" + (", and the whole network is trained" if args.finetune != "head" else "")
             )
             torch.manual_seed(args.seed)  # the attempt has used random numbers: start where --weights random does
             model, origin = Classifier(backbone, n_classes, **options), "random initialisation"
@@ -636,13 +636,23 @@ def read_config(run):
 
 
 def shuffled_labels(pictures, seed):
-    """The control: these pictures with phenotypes dealt out anew among the samples, copies following their parent."""
-    parents = sorted({(p.sample_name, p.phenotype) for p in pictures})
-    deal = np.random.default_rng(seed).permutation(len(parents))
-    phenotypes = {name: parents[j][1] for (name, _), j in zip(parents, deal, strict=True)}
+    """The control: these pictures (of two phenotypes or more) with phenotypes dealt out anew among groups or samples.
+
+    What belongs together stays together: the copies of a sample, and the samples of a group that have one phenotype.
+    """
+
+    def owner(picture):
+        return picture.group or picture.sample_name, picture.phenotype
+
+    owners = sorted(set(map(owner, pictures)))
+    rng, changed = np.random.default_rng(seed), 0
+    while not changed:  # of a few samples all may get their own phenotype back
+        phenotypes = {one: owners[j][1] for one, j in zip(owners, rng.permutation(len(owners)), strict=True)}
+        changed = sum(phenotypes[one] != one[1] for one in owners)
+    say(f"--shuffle-labels: {changed} of {len(owners)} samples or groups have another phenotype now")
     shuffled = [copy.copy(picture) for picture in pictures]
     for picture in shuffled:
-        picture.phenotype = phenotypes[picture.sample_name]
+        picture.phenotype = phenotypes[owner(picture)]
     return shuffled
 
 
@@ -667,15 +677,18 @@ def split_pictures(pictures, args, fold=None):
     """(training pictures, validation pictures, classes) of {"train", "val"}, or of one fold of both together."""
     classes = deeplcms.classes_of(pictures, args.positive)
     train, val = pictures["train"], [p for p in pictures["val"] if not p.is_copy]
-    if args.shuffle_labels:
+    if args.shuffle_labels and fold is None:
         train, val = shuffled_labels(train, args.seed), shuffled_labels(val, args.seed)
     if fold is not None:
-        folds = fold_of(train + val, args.folds, args.seed)
-        everything = train + val
+        everything = shuffled_labels(train + val, args.seed) if args.shuffle_labels else train + val
+        folds = fold_of(everything, args.folds, args.seed)
+        if len({(folds[p.sample_name], p.phenotype) for p in everything}) < args.folds * len(classes):
+            owners = {(p.group or p.sample_name, p.phenotype) for p in everything}
+            n, rarest = min((n, phenotype) for phenotype, n in Counter(phenotype for _, phenotype in owners).items())
+            few = f"{n} samples or groups of {rarest} in training and validation"
+            raise Problem(f"--folds {args.folds}: not every fold has every phenotype ({few}); use fewer folds", 2)
         train = [p for p in everything if folds[p.sample_name] != fold]
         val = [p for p in everything if folds[p.sample_name] == fold and not p.is_copy]
-        if len({p.phenotype for p in val}) < len(classes) or len({p.phenotype for p in train}) < len(classes):
-            raise Problem(f"--folds {args.folds}: a fold has no run of some phenotype; use fewer folds", 2)
     if len(train) < 2 * WORLD or len(val) < WORLD:
         raise Problem(f"{len(train)} training and {len(val)} validation pictures are too few for {WORLD} processes", 2)
     return train, val, classes
@@ -1081,10 +1094,11 @@ def main():
                     name = f"{backbone}, seed {seed}" + (f", fold {fold}" if fold is not None else "")
                     failures[name] = first_line(problem) or repr(problem)
                     say(f"failed: {name}: {failures[name]}")
-    if len(results) > 1:
-        losses = np.array([config["best_val_loss"] for _, config in results])
-        spread = f"{losses.mean():.3f} +- {losses.std(ddof=1):.3f}"
-        say(f"{len(results)} trainings: best validation loss {spread} (mean, standard deviation)")
+    for backbone in backbones:
+        losses = np.array([config["best_val_loss"] for _, config in results if config["backbone"] == backbone])
+        if len(losses) > 1:
+            spread = f"{losses.mean():.3f} +- {losses.std(ddof=1):.3f}"
+            say(f"{len(losses)} trainings of {backbone}: best validation loss {spread} (mean, standard deviation)")
     if results:
         folders = " ".join(str(run) for run, _ in results) if len(results) < 4 else str(results[0][0].parents[1])
         say(f"next:\n  python evaluate.py {folders}\n  python explain.py {results[0][0]}")

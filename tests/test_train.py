@@ -1,5 +1,6 @@
 """Facts about training, on the command line and in its parts."""
 
+import argparse
 import csv
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import optuna
@@ -402,6 +404,29 @@ def test_shuffled_labels_follow_the_parent_and_keep_the_counts(demo):
     before = [p.phenotype for p in pictures]
     after = [p.phenotype for p in train.shuffled_labels(pictures, 1)]
     assert sorted(before) == sorted(after) and before != after
+
+
+def test_shuffled_labels_change_something_and_leave_groups_whole(demo):
+    pictures = deeplcms.find_pictures(demo, ("train",))["train"]
+    few = [pictures[0], pictures[-1]]  # one of each phenotype: half of all deals would change nothing
+    assert all(train.shuffled_labels(few, seed)[0].phenotype == few[1].phenotype for seed in range(5))
+    for picture in pictures:
+        picture.group = picture.phenotype[0] + picture.sample_name[-1]  # up to five runs a person
+    after = train.shuffled_labels(pictures, 1)
+    assert len({(p.group, p.phenotype) for p in after}) == len({p.group for p in pictures})
+    assert [p.phenotype for p in after] != [p.phenotype for p in pictures]
+
+
+def test_shuffled_labels_of_folds_are_dealt_among_all_of_them(demo):
+    pictures = deeplcms.find_pictures(demo, ("train", "val"))
+    args = argparse.Namespace(shuffle_labels=True, seed=1, folds=3, positive=None)
+    split = {name: train.split_pictures(pictures, args, fold) for fold, name in enumerate("abc")}
+    dealt = [{p.sample_name: p.phenotype for p in part[0] + part[1]} for part in split.values()]
+    assert dealt[0] == dealt[1] == dealt[2]  # one deal for all folds, over training and validation together
+    assert Counter(dealt[0].values()) == Counter(p.phenotype for part in pictures.values() for p in part)
+    args.folds = 30
+    with pytest.raises(Problem, match="--folds 30: .*samples or groups of"):
+        train.split_pictures(pictures, args, 0)
 
 
 @pytest.mark.parametrize(
