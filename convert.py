@@ -178,6 +178,10 @@ def histogram_of_run(path, recipe):
 
     statistics = read_run(path, add, recipe.min_intensity)
     total = statistics["total_intensity"]
+    if total > 0 and not counts.any():
+        own = "{:.2f}-{:.2f} min, m/z {:.2f}-{:.2f}".format(*(statistics[side] for side in BOX))
+        axes = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} min, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
+        raise Problem(f"{path.name}: no peak inside the axes ({axes}; its own: {own})")
     return counts, statistics | {"outside": max(0.0, 1 - float(counts.sum()) / total) if total > 0 else 0.0}
 
 
@@ -494,8 +498,8 @@ def check_splits(rows, group_by):
         raise Problem(f"{len(torn)} groups of column '{group_by}' lie in more than one split: {first_few(torn)}", 2)
     for split in SPLITS:
         if absent := {row["phenotype"] for row in rows} - {row["phenotype"] for row in rows if row["split"] == split}:
-            advice = f"{'lower' if split == 'train' else 'raise'} --test or --val, or give a 'split' column"
-            advice += ", or smaller groups" * bool(group_by)
+            advice = "lower --test or --val" if split == "train" else f"raise --{split}"
+            advice += ", or give a 'split' column" + "; a phenotype needs three groups or more" * bool(group_by)
             raise Problem(f"the {split} split has no run of {first_few(absent)} ({len(rows)} runs in all): {advice}", 2)
 
 
@@ -565,8 +569,9 @@ def read_cohort(args):
     if absent := names - runs.keys():
         print(f"{len(absent)} samples of {args.samples} have no file in {args.raw_dir}: {first_few(absent)}")
     present = [row for row in rows if row["sample_name"] in runs]
-    if not present:
-        raise Problem(f"no sample of {args.samples} has a file in {args.raw_dir}: do the names match?", 2)
+    if len({row["phenotype"] for row in present}) < 2:
+        found = f"{len(present)} of {len(rows)} samples of {args.samples} have a file in {args.raw_dir}"
+        raise Problem(f"{found}, and not two phenotypes among them: do the names match?", 2)
     if "split" not in rows[0]:
         assign_splits(present, args.test, args.val, args.seed, args.group_by)
     check_splits(present, args.group_by)
@@ -619,8 +624,13 @@ def report(out_dir, rows, recipe, statistics, failures, group_by):
     box = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} min, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
     n_bins = f"{recipe.bins[0]} x {recipe.bins[1]} bins"
     print(f"{len(statistics)} of {len(statistics) + len(failures)} runs in {out_dir}: {box}, {n_bins}")
-    if cut := [name for name, values in statistics.items() if float(values["outside"]) > 0.01]:
-        print(f"warning: more than 1 % of the intensity lies outside the axes in {len(cut)} runs: {first_few(cut)}")
+    for split in SPLITS:
+        members = Counter(row["phenotype"] for row in table if row["split"] == split and row["status"] == "ok")
+        print(f"  {split}: " + ", ".join(f"{n} {phenotype}" for phenotype, n in sorted(members.items())))
+    outside = {name: float(values["outside"]) for name, values in statistics.items()}
+    if cut := [name for name, share in outside.items() if share > 0.01]:
+        share = f"more than 1 % of the intensity (at most {max(outside.values()):.0%})"
+        print(f"warning: {share} lies outside the axes in {len(cut)} runs: {first_few(cut)}")
     for name in sorted(failures):
         print(f"left out: {failures[name]}", file=sys.stderr)
 

@@ -6,7 +6,7 @@ Article: "Evaluating the final model" (test metrics, Figure 5), and the tables a
     python evaluate.py                                                    # the newest run on its test split
     python evaluate.py runs/golestan/convnext_large/seed2643 --threshold val
     python evaluate.py runs/golestan/convnext_large/seed2643 --predict new/*.mzML --out new_predictions.csv
-    python evaluate.py runs/golestan                                      # every run below, side by side
+    python evaluate.py runs/golestan                    # every run below, by its validation split: no look at the test
 """
 
 import argparse
@@ -230,6 +230,8 @@ def evaluate(run, data=None, split="test", threshold=0.5, out=None):
         print(f"{classes[1]} is called where its probability is {threshold:.4g} or more ({source})")
     if absent := [name for k, name in enumerate(classes) if k not in labels]:
         print(f"no picture of {first_few(absent)} in this split: metrics that need one are undefined")
+    if (fewest := min(np.bincount(labels, minlength=len(classes)))) < 10:
+        print(f"only {fewest} pictures of some class: a bootstrap interval of so few is too narrow to be believed")
     print(f"\n{table_of(result)}\n\nresults: {folder}/")
 
 
@@ -333,8 +335,8 @@ def draw_prediction_matrix(path, pictures, probabilities, classes, threshold, ti
             ax.imshow(pictures[i].load().permute(1, 2, 0).numpy(), extent=extent, aspect="auto")
             right = classes[called[i]] == pictures[i].phenotype
             mark, colour = ("right", RIGHT) if right else ("wrong", WRONG)
-            text = f"P({classes[k]}) = {probabilities[i, k]:.3f}\ntrue phenotype: {pictures[i].phenotype} ({mark})"
-            ax.set_title(text, color=colour, fontsize=11)
+            text = f"{pictures[i].sample_name[:30]}: P({classes[k]}) = {probabilities[i, k]:.3f}"
+            ax.set_title(f"{text}\ntrue phenotype: {pictures[i].phenotype} ({mark})", color=colour, fontsize=10)
             for spine in ax.spines.values():
                 spine.set(color=colour, linewidth=4)
         axes[0, 0].figure.supxlabel("retention time (min)")
@@ -593,13 +595,13 @@ def compare(runs, out=None):
     data_sets = ", ".join(sorted({row["data_set"] for row in rows}))
     random = "; random initialisation where marked" * any("random initialisation" in row["notes"] for row in rows)
     text = [f"# {len(rows)} runs on {data_sets}{random}"]
-    text += ["Values of the best epoch by validation loss, sorted by it.", article_table(rows)]
+    text += ["Validation metrics of the best epoch by validation loss, sorted by it.", article_table(rows)]
 
     if replicates := replicates_of(rows):
         summary, table = replicates_table(replicates)
         write_rows(out / "replicates.csv", summary)
         text += ["## Replicates", "Median ± standard deviation; see replicates.png.", table]
-        title = f"Replicates on {data_sets}: median, standard deviation, each run{random}"
+        title = f"Replicates on {data_sets}, validation pictures: median, standard deviation, each run{random}"
         draw_replicates(out / "replicates.png", replicates, title)
     contenders = {label: runs for label, runs in replicates.items() if not runs[0]["settings"]["shuffle_labels"]}
     if len(contenders) > 1:
@@ -607,8 +609,8 @@ def compare(runs, out=None):
         if pairs:
             write_rows(out / "dunn.csv", pairs)
         explanation = """p values: Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after \
-Benjamini and Hochberg within each metric. Replicates are trainings on the same people: a small p speaks of training, \
-not of new people."""
+Benjamini and Hochberg within each metric. Replicates are trainings on the same people (folds: on overlapping parts of \
+them, so that they are not independent): a small p speaks of training, not of new people."""
         text += ["## Tests", explanation, tests_table(overall, pairs, contenders)]
 
     text = "\n\n".join(text)
@@ -635,7 +637,8 @@ def probability_or_val(text):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run folder, or a folder of runs (default: the newest run)")
+    text = "run folder (default: the newest); several, or a folder of runs, are compared by their validation split"
+    add("runs", nargs="*", metavar="RUN", help=text)
     text = "folder for results (default: the run or the runs' common folder); with --predict a CSV (default: none)"
     add("--out", help=text)
     add = parser.add_argument_group("one run").add_argument

@@ -13,9 +13,13 @@ of the ranking and gives the direction: the logit drops when the box of a compou
 in the colour of zero. None of them proves a cause: a network needs only some of the compounds that differ, a bright
 neighbour in the same box looks the same to it, and what goes with its calls need not be what they are made of.
 
-Written to RUN/explain/: cam_grid.png, class_maps.png, overlay.png, regions.csv, features.csv, faithfulness.json. Flags
-that choose other pictures, class, layers or features add a folder named after them below it, so that no command
-overwrites the answer of another.
+Pictures that are all called alike, as pooled runs are, have no calls to go with: for them the mean difference from a
+blank picture stands in for the covariance, and a line says so.
+
+Written to RUN/explain/: cam_grid.png, class_maps.png, overlay.png, regions.csv (boxes around the smoothed evidence),
+features.csv, and faithfulness.json: by how much the probability drops on average when a picture is seen through its map
+(avg_drop) and in what share of pictures it rises (conf_increase), for the map and, as control, for its cells shuffled.
+Flags that choose other pictures, class, layers or features add a folder named after them below it.
 """
 
 import argparse
@@ -44,6 +48,7 @@ from convert import (
     HelpFormatter,
     Problem,
     colours,
+    find_runs,
     first_line,
     picture_of_run,
     run_script,
@@ -290,7 +295,7 @@ def clean_name(column):
 
 
 COLUMNS = {
-    "rt": ("average_rt_min_", "rt_min_", "rt", "retention_time", "retention_time_min_", "rtime"),
+    "rt": ("average_rt_min_", "rt_min_", "rt", "retention_time", "retention_time_min_"),
     "mz": ("average_mz", "precursor_m_z", "mz", "m_z", "precursor_mz"),
     "name": ("metabolite_name", "title", "name", "compound", "compound_name"),
 }
@@ -327,7 +332,8 @@ def read_features(path):
     rows = [(j, row) for j, row in enumerate(cells, header + 2) if any(cell.strip() for cell in row)]
     for j, row in rows:
         if len(row) != len(columns):
-            raise Problem(f"{path}, line {j}: {len(row)} cells where the header has {len(columns)}", 2)
+            advice = " (decimal commas need semicolons between the cells)" if delimiter == "," else ""
+            raise Problem(f"{path}, line {j}: {len(row)} cells where the header has {len(columns)}{advice}", 2)
     unique = [name if name not in columns[:j] else f"{name}_{j}" for j, name in enumerate(columns)]
     table = pd.DataFrame([[cell.strip() for cell in row] for _, row in rows], columns=unique, dtype=object)
     if table.empty:
@@ -405,7 +411,7 @@ def select(table, query):
     try:
         selected = table.query(ast.unparse(tree), engine="python")
     except Exception as error:
-        raise Problem(f"--query {query!r}: {first_line(error)}", 2) from None
+        raise Problem(f"--query {query!r} does not choose rows ({first_line(error)})", 2) from None
     if not isinstance(selected, pd.DataFrame):
         raise Problem(f"--query {query!r} does not choose rows", 2)
     if selected.empty:
@@ -502,10 +508,10 @@ def cam_grid(path, items, maps, recipe, title):
     columns = math.ceil(math.sqrt(len(items)))
     rows = math.ceil(len(items) / columns)
     grid = {"nrows": rows, "ncols": columns, "sharex": True, "sharey": True, "squeeze": False}
-    with figure(path, title, (3.4 * columns + 0.6, 3 * rows + 0.6), **grid) as axes:
+    with figure(path, title, (max(6, 3.4 * columns + 0.6), 3 * rows + 0.6), **grid) as axes:
         for axis, item, map_ in zip(axes.flat, items, maps, strict=False):
             show(axis, intensity_of(item["rgb"], recipe), recipe, cmap="gray")
-            heat = np.sqrt(map_ / (map_.max() or 1))  # the root shows what is weaker than the hottest spot, too
+            heat = np.sqrt((map_ - map_.min()) / (np.ptp(map_) or 1))  # the root shows weaker spots, too
             show(axis, heat, recipe, cmap="inferno", alpha=np.clip(0.15 + heat, 0, 0.9), vmin=0, vmax=1)
             axis.set_title(f"{item['name']}: {item['phenotype'] or 'unlabelled'}\n{item['caption']}", fontsize=9)
         for axis in axes.flat[len(items) :]:
@@ -521,7 +527,9 @@ def class_maps(path, heats, evidence, recipe, title):
     if len(heats) == 2:
         difference = np.subtract(*heats.values())
         limit = np.quantile(np.abs(difference), 0.999) or 1
-        panels.append(("difference of the heats", difference, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}))
+        panels.append(
+            ("difference of the heats, first - second", difference, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit})
+        )
     panels.append(("evidence, smoothed", evidence, EVIDENCE | {"vmax": np.quantile(evidence, 0.999) or 1}))
     rows = math.ceil(len(panels) / 2)
     with figure(path, title, (10.5, 4.2 * rows), nrows=rows, ncols=2, squeeze=False) as axes:
@@ -575,7 +583,8 @@ def load_items(args, checkpoint):
         pictures = [p for p in find_pictures(data, (args.split,))[args.split] if not p.is_copy]
     else:
         pictures = []
-        for path in map(Path, args.input):
+        given = [path for f in map(Path, args.input) for path in (find_runs(f).values() if f.is_dir() else [f])]
+        for path in given:
             if not path.is_file():
                 raise Problem(f"--input {path}: no such file", 2)
             if path.name.lower().endswith(RUN_SUFFIXES):
@@ -587,7 +596,9 @@ def load_items(args, checkpoint):
     items = []
     for picture in tqdm(pictures, desc="reading", unit="picture", disable=None):
         if isinstance(picture, Path):
-            rgb, _ = picture_of_run(picture, recipe)
+            rgb, statistics = picture_of_run(picture, recipe)
+            if statistics["outside"] > 0.01:
+                tqdm.write(f"{picture.name}: {statistics['outside']:.0%} of the intensity lies outside the axes")
             items.append({"name": picture.name.partition(".")[0], "phenotype": "", "rgb": rgb})
             continue
         if picture.recipe != recipe:
@@ -650,7 +661,8 @@ def explain(args):
         inside, outside = int(here.sum()), int((~here).sum())
         print(f"{inside} features inside the axes, {outside} outside")
         if not inside:
-            raise Problem(f"{features}: none of its {outside} features lies inside the axes of the pictures", 2)
+            axes = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} minutes, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
+            raise Problem(f"{features}: none of its {outside} features lies inside the axes of the pictures, {axes}", 2)
         table = table[np.asarray(here)]
 
     device = choose_device()
@@ -662,6 +674,10 @@ def explain(args):
         logits = torch.cat([model(batch.to(device) + scores.zero).cpu() for batch in u.split(BATCH)])
     probabilities = probabilities_of(logits).numpy()
     called = called_class(probabilities)
+    if len(set(called)) == 1:
+        print(f"all are called {classes[called[0]]}: evidence is what differs from a blank picture, not covariance")
+    if len(items) > 1 and np.ptp(probabilities, axis=0).max() < 1e-3:
+        print("warning: all have the same probability to 0.001: the network answers to nothing, and ranks by rounding")
     for item, p, c in zip(items, probabilities, called, strict=True):
         item["group"] = item["phenotype"] or classes[c]  # a run that nobody labelled counts as what it is called
         item["caption"] = f"P({class_name}) = {p[k]:.2f}"
@@ -679,15 +695,16 @@ def explain(args):
 
     out = output_folder(run, args, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    where = ", ".join(name for name, _ in layers) or "the picture itself"
+    method = f"LayerCAM at {', '.join(name for name, _ in layers)}" if layers else "Gradient x picture"
     origin = checkpoint["config"].get("weights_origin", "unknown weights")
     title = f"{checkpoint['backbone']} ({origin}), class '{class_name}'"
     chosen = choose_pictures(of_class, args.n, args.seed)
-    grid_title = f"LayerCAM at {where}, each relative to its own maximum; {title}"
+    grid_title = f"{method}, each from its minimum to its maximum; {title}"
     cam_grid(out / "cam_grid.png", [items[i] for i in chosen], maps[chosen], recipe, grid_title)
-    titles = {name: f"mean heat of {chosen.sum()} {name} pictures" for name, chosen in groups.items()}
+    called_only = "" if any(item["phenotype"] for item in items) else "called "
+    titles = {name: f"mean heat, {called_only}{name} (pictures: {chosen.sum()})" for name, chosen in groups.items()}
     named = {titles[name]: heat for name, heat in heats.items()}
-    class_maps(out / "class_maps.png", named, smooth, recipe, f"LayerCAM at {where}, and evidence; {title}")
+    class_maps(out / "class_maps.png", named, smooth, recipe, f"{method}, and evidence; {title}")
     columns = ("rt_min", "rt_max", "mz_min", "mz_max", "heat")
     rows = [[f"{value:.6g}" for value in row] for row in regions(smooth, recipe)]
     write_csv(out / "regions.csv", [columns, *rows])
@@ -736,13 +753,13 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("pictures").add_argument
     add("--split", choices=SPLITS, default="test", help="which pictures of the run's data set")
     add("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
-    add("--input", nargs="+", metavar="FILE", help="pictures of convert.py or raw runs, in place of a split")
+    add("--input", nargs="+", metavar="FILE", help="pictures of convert.py, raw runs or folders of them, for the split")
     add("--n", type=int, default=9, help="pictures in cam_grid.png")
     add = parser.add_argument_group("map").add_argument
     add("--class", dest="class_name", metavar="NAME", help="phenotype to explain (default: the positive one)")
-    add("--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: chosen by their map)")
+    add("--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: the deepest that is not coarse)")
     add = parser.add_argument_group("features").add_argument
-    text = "MS-DIAL export or table with rt, mz, name (default: the data set's features.csv, if any)"
+    text = "MS-DIAL export or table with rt (minutes), mz, name (default: the data set's features.csv, if any)"
     add("--features", metavar="CSV", help=text)
     add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
     add("--top", type=int, default=50, help="features of the ranking to confirm by blanking")

@@ -1,5 +1,6 @@
 """explain.py: positions survive, a planted peak is found, tables are read, queries cannot run code."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,18 @@ def test_a_raw_run_is_explained_as_its_picture_is(demo, run):
     assert len(first) and (first.rt < 5).all() and set(first.ontology) == {"planted"}
     columns = ["rank", "name", "evidence", "drop"]  # heat is named after the phenotype, which a raw run has not
     pd.testing.assert_frame_equal(first[columns], second[columns], rtol=1e-4, atol=1e-6)
+
+
+def test_a_folder_of_runs_is_explained_and_what_evidence_means_is_said(demo, run, tmp_path, capsys):
+    pooled = tmp_path / "pooled"
+    pooled.mkdir()
+    picture = next(demo.glob("test/exposed/*.png"))
+    for name in ("one", "two"):
+        shutil.copy(demo / "raw" / f"{picture.stem}.mzML", pooled / f"{name}.mzML")
+    assert run_explain(run, "--input", pooled) == 0
+    said = capsys.readouterr().out
+    assert "evidence is what differs from a blank picture, not covariance" in said
+    assert "all have the same probability to 0.001" in said and "2 pictures explained" in said
 
 
 @pytest.mark.parametrize(
