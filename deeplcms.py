@@ -377,12 +377,12 @@ def load_checkpoint(path):
         raise Problem(f"{path}: not a checkpoint that can be read ({first_line(error)})") from None
 
 
-def find_run(run=None, root="runs"):
-    """The run folder named, or the newest one under `root`; raises Problem if it has no best.pt."""
+def find_run(run=None):
+    """The run folder named, or the newest one under runs/; raises Problem if it has no best.pt."""
     if run is None:
-        checkpoints = sorted(Path(root).glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
+        checkpoints = sorted(Path("runs").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
         if not checkpoints:
-            raise Problem(f"no trained run under {root}/; start with: python train.py --backbone mobileone_s3", 2)
+            raise Problem("no trained run under runs/; start with: python train.py --backbone mobileone_s3", 2)
         return checkpoints[-1].parent
     run = Path(run)
     run = run.parent if run.name.endswith(".pt") else run

@@ -636,6 +636,53 @@ def output_folder(run, args, checkpoint):
     return Path(run) / "explain" / "_".join(parts)
 
 
+def features_inside(args, data, recipe):
+    """The features of --features, or of the data set's own list, that --query selects inside the axes; None without."""
+    path = args.features or data / "features.csv"
+    if not args.features:
+        if not path.is_file():
+            if args.query:
+                raise Problem("--query needs --features", 2)
+            return None
+        print(f"features: {path}, found in the data set's folder")
+    table = read_features(path)
+    if args.query:
+        table = select(table, args.query)
+    x, y = recipe.to_fraction(table["rt"], table["mz"])
+    here = np.asarray((x >= 0) & (x <= 1) & (y >= 0) & (y <= 1))
+    print(f"{here.sum()} features inside the axes, {(~here).sum()} outside")
+    if not here.any():
+        axes = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} minutes, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
+        raise Problem(f"{path}: none of its {len(table)} features lies inside the axes of the pictures, {axes}", 2)
+    return table[here]
+
+
+def write_features(out, table, drops):
+    """features.csv: the ranked table with the drop of the logit of its first features, which are also printed."""
+    at = table.columns.get_loc("heat_difference") + 1
+    for i, (name, values) in enumerate(zip(("drop", "drop_se"), drops, strict=True)):
+        table.insert(at + i, name, np.r_[values, np.full(len(table) - len(values), np.nan)])
+    with whole_file(out / "features.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+    print("rank  min     m/z       evidence   drop of the logit  name")
+    for row in table.head(10).itertuples():
+        drop = "-" if math.isnan(row.drop) else f"{row.drop:7.3f}"
+        drop += "" if math.isnan(row.drop_se) else f" ± {row.drop_se:.3f}"
+        print(f"{row.rank:4d}  {row.rt:5.2f}  {row.mz:9.4f}  {row.evidence:9.3g}  {drop:17s}  {row.name}")
+
+
+def choose_pictures(of_class, n, seed):
+    """Indices of n pictures for the grid, both groups as evenly as they allow, drawn with the seed."""
+    rng = np.random.default_rng(seed)
+    sides = [list(rng.permutation(np.flatnonzero(side))) for side in (of_class, ~of_class)]
+    chosen = []
+    while len(chosen) < min(n, len(of_class)):
+        for side in sides:
+            if side and len(chosen) < n:
+                chosen.append(int(side.pop()))
+    return chosen
+
+
 def explain(args):
     run = find_run(args.run)
     model, checkpoint = load_run(run)
@@ -646,24 +693,7 @@ def explain(args):
     k = classes.index(class_name)
     layers = choose_layers(model, args.layers)
     items, data = load_items(args, checkpoint)
-    features = args.features or (data / "features.csv" if (data / "features.csv").is_file() else None)
-    if args.query and not features:
-        raise Problem("--query needs --features", 2)
-    table = read_features(features) if features else None  # before the work: a bad table should not cost two minutes
-    if features and not args.features:
-        print(f"features: {features}, found in the data set's folder")
-    if args.query:
-        table = select(table, args.query)
-    inside = 0
-    if table is not None:
-        x, y = recipe.to_fraction(table["rt"], table["mz"])
-        here = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
-        inside, outside = int(here.sum()), int((~here).sum())
-        print(f"{inside} features inside the axes, {outside} outside")
-        if not inside:
-            axes = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} minutes, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
-            raise Problem(f"{features}: none of its {outside} features lies inside the axes of the pictures, {axes}", 2)
-        table = table[np.asarray(here)]
+    table = features_inside(args, data, recipe)  # before the work: a bad table should not cost two minutes
 
     device = choose_device()
     scores = Scores(model, recipe).to(device).eval()
@@ -676,8 +706,6 @@ def explain(args):
     called = called_class(probabilities)
     if len(set(called)) == 1:
         print(f"all are called {classes[called[0]]}: evidence is what differs from a blank picture, not covariance")
-    if len(items) > 1 and np.ptp(probabilities, axis=0).max() < 1e-3:
-        print("warning: all have the same probability to 0.001: the network answers to nothing, and ranks by rounding")
     for item, p, c in zip(items, probabilities, called, strict=True):
         item["group"] = item["phenotype"] or classes[c]  # a run that nobody labelled counts as what it is called
         item["caption"] = f"P({class_name}) = {p[k]:.2f}"
@@ -689,6 +717,8 @@ def explain(args):
     maps = heat_maps(scores, layers, u, k, shape)
     heats = {name: maps[chosen].mean(0) for name, chosen in groups.items()}
     evidence = evidence_map(scores, u, k)
+    if evidence.max() < 1e-9:  # the demo's has 0.03
+        print(f"warning: the evidence is {evidence.max():.1g} at most: the network answers to nothing, this is noise")
     # As weights of a sum the pixels stay as they are; for the eye they are spread as wide as a peak.
     smooth = resample(torch.from_numpy(evidence)[None], shape)[0].numpy()
     smooth = ndimage.gaussian_filter(smooth, 1.5 * max(recipe.sigma, 1))
@@ -702,8 +732,7 @@ def explain(args):
     grid_title = f"{method}, each from its minimum to its maximum; {title}"
     cam_grid(out / "cam_grid.png", [items[i] for i in chosen], maps[chosen], recipe, grid_title)
     called_only = "" if any(item["phenotype"] for item in items) else "called "
-    titles = {name: f"mean heat, {called_only}{name} (pictures: {chosen.sum()})" for name, chosen in groups.items()}
-    named = {titles[name]: heat for name, heat in heats.items()}
+    named = {f"mean heat, {called_only}{name} (pictures: {groups[name].sum()})": heat for name, heat in heats.items()}
     class_maps(out / "class_maps.png", named, smooth, recipe, f"{method}, and evidence; {title}")
     columns = ("rt_min", "rt_max", "mz_min", "mz_max", "heat")
     rows = [[f"{value:.6g}" for value in row] for row in regions(smooth, recipe)]
@@ -720,31 +749,10 @@ def explain(args):
         top = table.head(args.top)
         members = u[of_class] if of_class.any() else u
         drops = blanking(scores, members, k, top["rt"].to_numpy(), top["mz"].to_numpy(), recipe)
-        at = table.columns.get_loc("heat_difference") + 1
-        for i, (name, values) in enumerate(zip(("drop", "drop_se"), drops, strict=True)):
-            table.insert(at + i, name, np.r_[values, np.full(len(table) - len(values), np.nan)])
-        with whole_file(out / "features.csv") as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g")
+        write_features(out, table, drops)
         overlay(out / "overlay.png", smooth, table, recipe, f"Features over the evidence; {title}")
-        print("rank  min     m/z       evidence   drop of the logit  name")
-        for row in table.head(10).itertuples():
-            drop = "-" if math.isnan(row.drop) else f"{row.drop:7.3f}"
-            drop += "" if math.isnan(row.drop_se) else f" ± {row.drop_se:.3f}"
-            print(f"{row.rank:4d}  {row.rt:5.2f}  {row.mz:9.4f}  {row.evidence:9.3g}  {drop:17s}  {row.name}")
     print(f"{len(items)} pictures explained in {out}")
     return 0
-
-
-def choose_pictures(of_class, n, seed):
-    """Indices of n pictures for the grid, both groups as evenly as they allow, drawn with the seed."""
-    rng = np.random.default_rng(seed)
-    sides = [list(rng.permutation(np.flatnonzero(side))) for side in (of_class, ~of_class)]
-    chosen = []
-    while len(chosen) < min(n, len(of_class)):
-        for side in sides:
-            if side and len(chosen) < n:
-                chosen.append(int(side.pop()))
-    return chosen
 
 
 def parse_arguments(argv=None):

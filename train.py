@@ -49,7 +49,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import deeplcms
-from convert import HelpFormatter, Problem, first_line, run_script, whole_file, write_csv, write_rows
+from convert import STATISTICS, HelpFormatter, Problem, first_line, run_script, whole_file, write_csv, write_rows
 from deeplcms import (
     Classifier,
     Pictures,
@@ -725,7 +725,6 @@ def train_in(run, args, backbone, pictures, fold, settings):
     model, origin = build_model(args, backbone, len(classes))
     model.to(device)
     originals = [picture for picture in train if not picture.is_copy]
-    statistics = ("total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high")
     config = {
         "settings": settings,
         "backbone": backbone,
@@ -758,7 +757,7 @@ def train_in(run, args, backbone, pictures, fold, settings):
         lr = before.get("lr") or find_lr(model, loaders["train"], args, device, run)
     else:
         lr = args.lr
-    config |= {"lr": lr, "lr_from": "auto" if args.lr == "auto" else "given"}
+    config["lr"] = lr
     if RANK == 0:
         deeplcms.write_json(run / "config.json", config)
     facts = {
@@ -770,7 +769,7 @@ def train_in(run, args, backbone, pictures, fold, settings):
         "std": list(model.std),
         "recipe": train[0].recipe.to_text(),
         "config": config,
-        "cohort": {s: [float(p.text[s]) for p in originals if s in p.text] for s in statistics},
+        "cohort": {s: [float(p.text[s]) for p in originals if s in p.text] for s in STATISTICS[2:]},
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
     }
     start = load_checkpoint(run / "last.pt") if (run / "last.pt").exists() else None
