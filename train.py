@@ -580,8 +580,8 @@ def draw_curves(run, history, title):
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend()
-        left.set(ylabel="loss", ylim=(0, None), title="Loss")
-        right.set(ylim=(0, 1.02), title="Validation")
+        left.set(ylabel="loss", ylim=(0, 1.05 * left.get_ylim()[1]), title="Loss")
+        right.set(ylim=(-0.02, 1.02), title="Validation")
 
 
 def draw_transformed(run, pictures, classes, model, args):
