@@ -776,8 +776,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action) if shown else action.help
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser with such help, whose errors are one line like any other: without the usage, which hides the reason."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        raise Problem(f"{message} (see --help)", 2)
+
+
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("raw_dir", nargs="?", help="folder of <sample_name>.mzML or .mzXML, packed (.gz, .bz2) or not")
     add("samples", nargs="?", metavar="samples.csv", help="table with sample_name, phenotype and, if you like, split")

@@ -9,7 +9,6 @@ Article: "Evaluating the final model" (test metrics, Figure 5), and the tables a
     python evaluate.py runs/golestan                    # every run below, by its validation split: no look at the test
 """
 
-import argparse
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 import convert
 import deeplcms
-from convert import HelpFormatter, Problem, first_few, run_script, whole_file, write_rows
+from convert import Parser, Problem, first_few, run_script, whole_file, write_rows
 from deeplcms import called_class, figure, load_run, metrics_of, write_json
 
 METRICS = {
@@ -635,7 +634,7 @@ def probability_or_val(text):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     text = "run folder (default: the newest); several, or a folder of runs, are compared by their validation split"
     add("runs", nargs="*", metavar="RUN", help=text)

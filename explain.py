@@ -22,7 +22,6 @@ features.csv, and faithfulness.json: by how much the probability drops on averag
 Flags that choose other pictures, class, layers or features add a folder named after them below it.
 """
 
-import argparse
 import ast
 import contextlib
 import csv
@@ -45,7 +44,7 @@ from tqdm import tqdm
 from convert import (
     RUN_SUFFIXES,
     SPLITS,
-    HelpFormatter,
+    Parser,
     Problem,
     colours,
     find_runs,
@@ -756,7 +755,7 @@ def explain(args):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", help="run folder of train.py (default: the newest under runs/)")
     add = parser.add_argument_group("pictures").add_argument
     add("--split", choices=SPLITS, default="test", help="which pictures of the run's data set")

@@ -49,17 +49,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import deeplcms
-from convert import STATISTICS, HelpFormatter, Problem, first_line, run_script, whole_file, write_csv, write_rows
-from deeplcms import (
-    Classifier,
-    Pictures,
-    choose_device,
-    figure,
-    load_checkpoint,
-    loss_of,
-    metrics_of,
-    probabilities_of,
-)
+from convert import STATISTICS, Parser, Problem, first_line, run_script, whole_file, write_csv, write_rows
+from deeplcms import Classifier, Pictures, choose_device, figure, load_checkpoint, loss_of, metrics_of, probabilities_of
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
 ARTICLE = """
@@ -760,11 +751,7 @@ def train_in(run, args, backbone, pictures, fold, settings):
     config["lr"] = lr
     if RANK == 0:
         deeplcms.write_json(run / "config.json", config)
-    facts = {
-        "backbone": backbone,
-        "classes": classes,
-        "grid": model.grid,
-        "image_size": model.image_size,
+    facts = {name: config[name] for name in ("backbone", "classes", "grid", "image_size")} | {
         "mean": list(model.mean),
         "std": list(model.std),
         "recipe": train[0].recipe.to_text(),
@@ -967,23 +954,17 @@ def positive(kind):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("what to train").add_argument
     names = "timm names, patterns such as 'convnext*', 'article' (Table 1), or 'pixels' (no network: the baseline)"
     add("--backbone", nargs="+", metavar="NAME", help=names)
-    add(
-        "--params",
-        nargs=2,
-        type=float,
-        metavar=("MIN", "MAX"),
-        help="keep pattern matches of MIN-MAX million parameters",
-    )
+    matches = "keep pattern matches of MIN-MAX million parameters"
+    add("--params", nargs=2, type=float, metavar=("MIN", "MAX"), help=matches)
     add("--data", metavar="DIR", help="data set of convert.py (without it: the demo, at settings of its own)")
     weights = "auto: pretrained, or random where the Hub cannot be reached; FILE: a state dict or a best.pt"
     add("--weights", default="auto", metavar="auto|pretrained|random|FILE", help=weights)
-    add(
-        "--finetune", choices=["head", "all"], help="what is trained (default: head with weights, all with random ones)"
-    )
+    trained = "what is trained (default: head with weights, all with random ones)"
+    add("--finetune", choices=["head", "all"], help=trained)
     add("--grid", type=positive(int), metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
     add("--image-size", type=positive(int), metavar="N", help="pixels a side (default: what the backbone was made for)")
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")

@@ -285,6 +285,7 @@ def test_given_split_is_checked():
         ("r s o --bins 4 --augment 1", "--max-shift 5 must be smaller than --bins"),
         ("r s o --colormap jett", "'jett' is not a matplotlib colormap"),
         ("r s o --demo", "--demo takes one folder"),
+        ("r s o --bogus", "unrecognized arguments: --bogus (see --help)"),
     ],
 )
 def test_wrong_usage_names_the_flag(flags, message):
