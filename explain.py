@@ -760,7 +760,8 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("pictures").add_argument
     add("--split", choices=SPLITS, default="test", help="which pictures of the run's data set")
     add("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
-    add("--input", nargs="+", metavar="FILE", help="pictures of convert.py, raw runs or folders of them, for the split")
+    text = "pictures of convert.py, raw runs, or folders of raw runs, in place of a split"
+    add("--input", nargs="+", metavar="FILE", help=text)
     add("--n", type=int, default=9, help="pictures in cam_grid.png")
     add = parser.add_argument_group("map").add_argument
     add("--class", dest="class_name", metavar="NAME", help="phenotype to explain (default: the positive one)")

@@ -905,7 +905,8 @@ def tune(args, backbone, pictures):
             say(f"{name}.png is left out: {error}")
     best = study.best_trial
     found = f"best validation loss {best.value:.3f}, trial {best.number}"
-    winner = settings | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}"), "seed": best.user_attrs["seed"]}
+    winner = settings | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}")}
+    winner["seed"] = best.user_attrs.get("seed", args.seed)
     say(f"{len(study.trials)} trials in {folder}; {found}. Train it:\n  {command_of(winner)}")
 
 
