@@ -205,7 +205,7 @@ class Classifier(nn.Module):
                 n_features = self.features(torch.zeros(1, 3, self.image_size, self.image_size)).shape[1]
         except Exception as error:  # every architecture has its own
             size = f"{self.image_size} x {self.image_size}"
-            raise Problem(f"{backbone} cannot do with pictures of {size}: {first_line(error) or error!r}") from None
+            raise Problem(f"{backbone} cannot do with pictures of {size}: {first_line(error)}") from None
         self.backbone.train()
         self.standardize = nn.BatchNorm1d(n_features, affine=False)
         self.head = nn.Linear(n_features, 1 if n_classes == 2 else n_classes)

@@ -17,9 +17,11 @@ trained sees the share of its own process only, and process 0's running statisti
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -595,10 +597,10 @@ def draw_transformed(run, pictures, classes, model, args):
 
 def describe(args, backbone, fold):
     """The settings that make two trainings the same one; config.json holds them and a sweep compares them."""
-    names = """grid image_size epochs patience batch_size lr optimizer scheduler weights finetune rotate
+    names = """image_size epochs patience batch_size lr optimizer scheduler weights finetune rotate
         weight_decay color_jitter erase views folds seed positive shuffle_labels amp""".split()
-    settings = {"backbone": backbone, "fold": fold, "data": str(args.data)}
-    return settings | {name: getattr(args, name) for name in names} | {"grid": grid_of(args, backbone)}
+    settings = {"backbone": backbone, "fold": fold, "data": str(args.data), "grid": grid_of(args, backbone)}
+    return settings | {name: getattr(args, name) for name in names}
 
 
 def run_folder(args, backbone, fold, settings):
@@ -606,17 +608,14 @@ def run_folder(args, backbone, fold, settings):
     base = Path(args.out) / Path(args.data).resolve().name / backbone / f"seed{args.seed}"
     suffix = ("-shuffled" if args.shuffle_labels else "") + (f"-fold{fold}" if fold is not None else "")
     base = base.with_name(base.name + suffix)
-    number = 1
-    while True:
+    for number in itertools.count(1):
         run = base if number == 1 else base.with_name(f"{base.name}-{number}")
         config = read_config(run) if args.sweep else None
         if config and config["settings"] == settings:
             return run, config
-        try:
+        with contextlib.suppress(FileExistsError):
             run.mkdir(parents=True)
             return run, None
-        except FileExistsError:
-            number += 1
 
 
 def read_config(run):
@@ -1063,18 +1062,16 @@ def main():
         train_once(args, backbones[0], pictures, args.resume_fold)
         return 0
     failures, results = {}, []
-    for backbone in backbones:
-        for seed in seeds:
-            for fold in folds:
-                args.seed = seed
-                try:
-                    results.append(train_once(args, backbone, pictures, fold))
-                except Exception as problem:  # out of memory, an operator that is missing, a size that does not suit
-                    if not args.sweep or getattr(problem, "status", 1) == 2:
-                        raise
-                    name = f"{backbone}, seed {seed}" + (f", fold {fold}" if fold is not None else "")
-                    failures[name] = first_line(problem) or repr(problem)
-                    say(f"failed: {name}: {failures[name]}")
+    for backbone, seed, fold in itertools.product(backbones, seeds, folds):
+        args.seed = seed
+        try:
+            results.append(train_once(args, backbone, pictures, fold))
+        except Exception as problem:  # out of memory, an operator that is missing, a size that does not suit
+            if not args.sweep or getattr(problem, "status", 1) == 2:
+                raise
+            name = f"{backbone}, seed {seed}" + (f", fold {fold}" if fold is not None else "")
+            failures[name] = first_line(problem)
+            say(f"failed: {name}: {failures[name]}")
     for backbone in backbones:
         losses = np.array([config["best_val_loss"] for _, config in results if config["backbone"] == backbone])
         if len(losses) > 1:
