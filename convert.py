@@ -783,7 +783,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter)
 
     def error(self, message):
-        raise Problem(f"{message} (see --help)", 2)
+        raise Problem(f"{message.removeprefix('argument ')} (see --help)", 2)
+
+
+def bounded(kind, low, high=math.inf, word=None):
+    """A type of flags: an int or a finite float (`kind`) from low to high, or that word."""
+
+    def parse(text):
+        if text == word:
+            return word
+        with suppress(ValueError):
+            if low <= kind(text) <= high and kind(text) < math.inf:
+                return kind(text)
+        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        name = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text} must be {name} {limits}" + (f", or {word}" if word else ""))
+
+    return parse
 
 
 def parse_arguments(argv=None):
@@ -793,27 +809,29 @@ def parse_arguments(argv=None):
     add("samples", nargs="?", metavar="samples.csv", help="table with sample_name, phenotype and, if you like, split")
     add("out_dir", nargs="?", help="folder for the pictures")
     add = parser.add_argument_group("picture").add_argument
-    add("--bins", type=int, nargs="+", default=[500], metavar="N", help="one number for both axes, or time and m/z")
+    text = "one number for both axes, or time and m/z"
+    add("--bins", type=bounded(int, 1), nargs="+", default=[500], metavar="N", help=text)
     add("--rt-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="minutes (default: holds every run)")
     add("--mz-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="m/z (default: holds every run)")
     text = "divide by the highest bin of a time, or of the run"
     add("--normalize", choices=["rt", "global"], default="rt", help=text)
-    add("--min-intensity", type=float, default=0.0, metavar="I", help="leave weaker peaks out")
-    add("--sigma", type=float, default=2.0, metavar="BINS", help="width of the Gaussian filter; 0 = off")
+    add("--min-intensity", type=bounded(float, 0), default=0.0, metavar="I", help="leave weaker peaks out")
+    add("--sigma", type=bounded(float, 0), default=2.0, metavar="BINS", help="width of the Gaussian filter; 0 = off")
     add("--colormap", default="jet", metavar="NAME", help="any matplotlib colormap")
     add = parser.add_argument_group("shifted copies of training pictures").add_argument
-    add("--augment", type=int, default=0, metavar="N", help="copies of each training picture (article: 9)")
-    add("--max-shift", type=int, default=5, metavar="PIXELS", help="largest shift on either axis")
+    add("--augment", type=bounded(int, 0), default=0, metavar="N", help="copies of each training picture (article: 9)")
+    add("--max-shift", type=bounded(int, 0), default=5, metavar="PIXELS", help="largest shift on either axis")
     add = parser.add_argument_group("split", "for tables without a split column").add_argument
     add("--test", type=float, default=0.1, metavar="SHARE", help="share of all runs for the test split")
     add("--val", type=float, default=0.2, metavar="SHARE", help="share of the other runs for validation")
     add("--group-by", metavar="COLUMN", help="rows that share this column's value stay in one split")
-    add("--seed", type=int, default=2643, help="of splits, shifts and the demo cohort")
+    add("--seed", type=bounded(int, 0), default=2643, help="of splits, shifts and the demo cohort")
     add = parser.add_argument_group("demo and machine").add_argument
     text = "make a synthetic cohort in OUT_DIR (demo) and convert it; defaults then: --bins 256 --test 0.15"
     add("--demo", nargs="?", const="demo", metavar="OUT_DIR", help=text + " --rt-range 0 10 --mz-range 100 900")
-    add("--runs", type=int, default=280, metavar="N", help="size of the demo cohort")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; one file each at a time")
+    add("--runs", type=bounded(int, 8), default=280, metavar="N", help="size of the demo cohort")
+    text = "processes; one file each at a time"
+    add("--workers", type=bounded(int, 1), default=os.cpu_count(), metavar="N", help=text)
     args = parser.parse_args(argv)
     if args.demo:
         if args.raw_dir:
@@ -832,8 +850,8 @@ def check_arguments(args):
     args.bins = args.bins * 2 if len(args.bins) == 1 else args.bins
     if args.out_dir is None:
         raise Problem("needs RAW_DIR, SAMPLES.csv and OUT_DIR (or --demo); see --help", 2)
-    if len(args.bins) != 2 or min(args.bins) < 1:
-        raise Problem(f"--bins takes one or two positive numbers, not {' '.join(map(str, args.bins))}", 2)
+    if len(args.bins) != 2:
+        raise Problem(f"--bins takes one or two numbers, not {' '.join(map(str, args.bins))}", 2)
     for flag in ("rt_range", "mz_range"):
         limits = getattr(args, flag)
         if limits and not -math.inf < limits[0] < limits[1] < math.inf:
@@ -841,10 +859,6 @@ def check_arguments(args):
     for flag in ("test", "val"):
         if not 0 < getattr(args, flag) < 1:
             raise Problem(f"--{flag} {getattr(args, flag):g} must lie between 0 and 1", 2)
-    lowest = {"runs": 8, "workers": 1, "augment": 0, "max_shift": 0, "seed": 0, "sigma": 0, "min_intensity": 0}
-    for flag, low in lowest.items():
-        if not low <= getattr(args, flag) < math.inf:
-            raise Problem(f"--{flag.replace('_', '-')} {getattr(args, flag):g} must be at least {low}", 2)
     max_shift, n_shifts = f"--max-shift {args.max_shift}", (2 * args.max_shift + 1) ** 2 - 1
     if args.augment > n_shifts:
         raise Problem(f"--augment {args.augment}: {max_shift} allows only {n_shifts} different shifts", 2)

@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import combinations, zip_longest
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import convert
 import deeplcms
-from convert import Parser, Problem, first_few, run_script, whole_file, write_rows
+from convert import Parser, Problem, bounded, first_few, run_script, whole_file, write_rows
 from deeplcms import called_class, figure, load_run, metrics_of, write_json
 
 METRICS = {
@@ -624,15 +623,6 @@ them, so that they are not independent): a small p speaks of training, not of ne
 # ---------------------------------------------------------------- command line
 
 
-def probability_or_val(text):
-    if text == "val":
-        return text
-    with suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise Problem(f"--threshold {text}: give a number between 0 and 1, or val", 2)
-
-
 def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -644,7 +634,7 @@ def make_parser():
     add("--data", metavar="DIR", help="another data set, or where the run's own has moved")
     add("--split", choices=convert.SPLITS, default="test", help="pictures to judge on")
     text = "call class 1 from this probability on; val chooses it on the validation split"
-    add("--threshold", type=probability_or_val, default=0.5, metavar="P|val", help=text)
+    add("--threshold", type=bounded(float, 0, 1, word="val"), default=0.5, metavar="P|val", help=text)
     add = parser.add_argument_group("new raw runs").add_argument
     text = "mzML or mzXML files, or folders of them; an existing --out is never replaced"
     add("--predict", nargs="+", metavar="FILE", help=text)

@@ -46,6 +46,7 @@ from convert import (
     SPLITS,
     Parser,
     Problem,
+    bounded,
     colours,
     find_runs,
     first_line,
@@ -762,7 +763,7 @@ def parse_arguments(argv=None):
     add("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
     text = "pictures of convert.py, raw runs, or folders of raw runs, in place of a split"
     add("--input", nargs="+", metavar="FILE", help=text)
-    add("--n", type=int, default=9, help="pictures in cam_grid.png")
+    add("--n", type=bounded(int, 1), default=9, help="pictures in cam_grid.png")
     add = parser.add_argument_group("map").add_argument
     add("--class", dest="class_name", metavar="NAME", help="phenotype to explain (default: the positive one)")
     add("--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: the deepest that is not coarse)")
@@ -770,13 +771,9 @@ def parse_arguments(argv=None):
     text = "MS-DIAL export or table with rt (minutes), mz, name (default: the data set's features.csv, if any)"
     add("--features", metavar="CSV", help=text)
     add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
-    add("--top", type=int, default=50, help="features of the ranking to confirm by blanking")
-    add("--seed", type=int, default=2643, help="of the pictures in the grid and the random map")
-    args = parser.parse_args(argv)
-    for flag, value, least in (("--n", args.n, 1), ("--top", args.top, 0)):
-        if value < least:
-            raise Problem(f"{flag} {value} must be at least {least}", 2)
-    return args
+    add("--top", type=bounded(int, 0), default=50, help="features of the ranking to confirm by blanking")
+    add("--seed", type=bounded(int, 0), default=2643, help="of the pictures in the grid and the random map")
+    return parser.parse_args(argv)
 
 
 def main():

@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import deeplcms
-from convert import STATISTICS, Parser, Problem, first_line, run_script, whole_file, write_csv, write_rows
+from convert import STATISTICS, Parser, Problem, bounded, first_line, run_script, whole_file, write_csv, write_rows
 from deeplcms import Classifier, Pictures, choose_device, figure, load_checkpoint, loss_of, metrics_of, probabilities_of
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
@@ -935,24 +935,6 @@ def expand_backbones(names, params):
     return list(dict.fromkeys(chosen))
 
 
-def lr_or_auto(text):
-    return text if text == "auto" else positive(float)(text)
-
-
-def views_or_auto(text):
-    return text if text == "auto" else int(text)
-
-
-def positive(kind):
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return value
-
-    return parse
-
-
 def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to train").add_argument
@@ -965,33 +947,36 @@ def make_parser():
     add("--weights", default="auto", metavar="auto|pretrained|random|FILE", help=weights)
     trained = "what is trained (default: head with weights, all with random ones)"
     add("--finetune", choices=["head", "all"], help=trained)
-    add("--grid", type=positive(int), metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
-    add("--image-size", type=positive(int), metavar="N", help="pixels a side (default: what the backbone was made for)")
+    cells = "pool the feature map to N x N cells (default: 1; pixels: 56)"
+    add("--grid", type=bounded(int, 1), metavar="N", help=cells)
+    add("--image-size", type=bounded(int, 1), metavar="N", help="pixels a side (default: the backbone's own)")
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive(int), default=50, help="at most")
-    add("--patience", type=positive(int), default=10, help="stop after so many without a better validation loss")
-    add("--batch-size", type=positive(int), default=32, help="pictures a step, of each process")
-    add("--lr", type=lr_or_auto, default="auto", help="learning rate, or auto: range test")
+    add("--epochs", type=bounded(int, 1), default=50, help="at most")
+    add("--patience", type=bounded(int, 1), default=10, help="stop after so many without a better validation loss")
+    add("--batch-size", type=bounded(int, 1), default=32, help="pictures a step, of each process")
+    add("--lr", type=bounded(float, 1e-12, word="auto"), default="auto", help="learning rate, or auto: range test")
     add("--optimizer", choices=list(OPTIMIZERS), default="adamax", help="the article's best is adamax")
     add("--scheduler", choices=SCHEDULERS, default="cosine", help="the article's best is cosine")
-    add("--weight-decay", type=float, default=2e-5, help="L2 penalty (adamw: decoupled)")
+    add("--weight-decay", type=bounded(float, 0), default=2e-5, help="L2 penalty (adamw: decoupled)")
     add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
     add = parser.add_argument_group("augmentation of training pictures").add_argument
-    add("--rotate", type=float, default=5.0, metavar="DEGREES", help="largest rotation")
-    add("--color-jitter", type=float, default=0.25, help="strength of brightness, contrast and saturation changes")
-    add("--erase", type=float, default=1.0, metavar="P", help="probability of erasing a rectangle")
+    add("--rotate", type=bounded(float, 0, 180), default=5.0, metavar="DEGREES", help="largest rotation")
+    jitter = "strength of brightness, contrast and saturation changes"
+    add("--color-jitter", type=bounded(float, 0), default=0.25, help=jitter)
+    add("--erase", type=bounded(float, 0, 1), default=1.0, metavar="P", help="probability of erasing a rectangle")
     views = "frozen backbone: store the features of K draws of each picture (auto: 4); 0: fresh draws every epoch"
-    add("--views", type=views_or_auto, default="auto", metavar="auto|K", help=views)
+    add("--views", type=bounded(int, 0, word="auto"), default="auto", metavar="auto|K", help=views)
     add = parser.add_argument_group("experiments").add_argument
-    add("--repeats", type=positive(int), default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
-    add("--folds", type=int, default=0, metavar="K", help="cross-validation over training and validation together")
-    add("--tune", type=int, default=0, metavar="N", help="Optuna trials over optimizer x scheduler")
+    add("--repeats", type=bounded(int, 1), default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
+    folds = "cross-validation over training and validation together"
+    add("--folds", type=bounded(int, 0), default=0, metavar="K", help=folds)
+    add("--tune", type=bounded(int, 0), default=0, metavar="N", help="Optuna trials over optimizer x scheduler")
     add("--storage", metavar="URL", help="Optuna database that several processes share (default: in the tune folder)")
     add("--shuffle-labels", action="store_true", help="control: must fall to chance")
     add = parser.add_argument_group("machine and output").add_argument
-    add("--seed", type=int, default=2643, help="of initial weights, order and draws")
-    add("--workers", type=int, default=default_workers(), help="processes that load pictures")
+    add("--seed", type=bounded(int, 0), default=2643, help="of initial weights, order and draws")
+    add("--workers", type=bounded(int, 0), default=default_workers(), help="processes that load pictures")
     add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
     add("--resume", metavar="RUN", help="go on with a training that was interrupted")
     return parser
@@ -1022,12 +1007,8 @@ def parse_arguments(argv=None):
         args.data = "demo"
     args.demo = demo
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp
-    if args.folds == 1 or args.folds < 0 or args.workers < 0 or args.tune < 0:
-        raise Problem("--folds must be 0 or at least 2; --workers and --tune 0 or more", 2)
-    if min(args.rotate, args.color_jitter, args.weight_decay) < 0 or not 0 <= args.erase <= 1:
-        raise Problem("--rotate, --color-jitter and --weight-decay must be 0 or more, --erase 0 to 1", 2)
-    if args.views != "auto" and args.views < 0:
-        raise Problem("--views must be auto, 0 or more", 2)
+    if args.folds == 1:
+        raise Problem("--folds must be 0 or at least 2", 2)
     if args.tune and WORLD > 1:
         raise Problem("--tune is one process; start several, each with the same --storage", 2)
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():

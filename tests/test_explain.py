@@ -262,7 +262,7 @@ def test_a_folder_of_runs_is_explained_and_what_evidence_means_is_said(demo, run
         (["--class", "nobody"], "'nobody' is not one of non-user, user"),
         (["--input", "nowhere.mzML"], "nowhere.mzML: no such file"),
         (["--query", "average_rt < 5"], "'average_rt' is no column; the nearest: average_rt_min_"),
-        (["--n", "0"], "--n 0 must be at least 1"),
+        (["--n", "0"], "--n: 0 must be a whole number of at least 1"),
     ],
 )
 def test_wrong_flags_are_answered_with_what_is_right(runs, arguments, answer):
