@@ -299,15 +299,14 @@ def stored_features(model, pictures, pool, n_draws, what, args, device):
     return StoredFeatures(features, [row[picture.path] for picture in pictures.pictures], pictures.labels)
 
 
-def augmentation(model, recipe, args):
-    """The training transform as the flags ask, for the picture size and colours of this model and data set."""
-    zero, strengths = recipe.zero_colour(), (args.rotate, args.color_jitter, args.erase)
-    return deeplcms.training_transform(model.image_size, model.mean, model.std, zero, *strengths)
+def training_pictures(model, pictures, classes, args):
+    """A list of Picture as the network sees them in training, augmented as the flags ask.
 
-
-def seed_of_draws(model, args):
-    """Stored draws have a seed of their own, so that repeats, folds and trials share them."""
-    return DRAW_SEED if model.frozen and args.views else args.seed
+    Draws that are stored have a seed of their own, so that repeats, folds and trials share them.
+    """
+    zero, strengths = pictures[0].recipe.zero_colour(), (args.rotate, args.color_jitter, args.erase)
+    transform = deeplcms.training_transform(model.image_size, model.mean, model.std, zero, *strengths)
+    return Pictures(pictures, classes, transform, DRAW_SEED if model.frozen and args.views else args.seed)
 
 
 def make_loaders(model, train, val, pictures, classes, args, device):
@@ -321,10 +320,8 @@ def make_loaders(model, train, val, pictures, classes, args, device):
         views = 4 if model.frozen else 0
         if model.frozen:
             say("--views auto: the backbone is frozen, so 4 draws of each picture are run through it once and stored")
-    augmented = augmentation(model, train[0].recipe, args)
-    plain = deeplcms.evaluation_transform(model.image_size, model.mean, model.std)
-    train_set = Pictures(train, classes, augmented, seed_of_draws(model, args))
-    val_set = Pictures(val, classes, plain)
+    train_set = training_pictures(model, train, classes, args)
+    val_set = Pictures(val, classes, deeplcms.evaluation_transform(model.image_size, model.mean, model.std))
     if views:
         # All folds share the features of all pictures.
         pools = [pictures["train"] + pictures["val"]] * 2 if args.folds else [pictures["train"], pictures["val"]]
@@ -580,7 +577,7 @@ def draw_curves(run, history, title):
 def draw_transformed(run, pictures, classes, model, args):
     """Article, Figure 4: training pictures as the network sees them, draw 0."""
     shown = pictures[:: max(1, len(pictures) // 9)][:9]
-    data = Pictures(shown, classes, augmentation(model, pictures[0].recipe, args), seed_of_draws(model, args))
+    data = training_pictures(model, shown, classes, args)
     with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6)) as axes:
         axes.axis("off")  # one for all pictures: this is drawn for every fold
         for k, (picture, (x, _)) in enumerate(zip(shown, data, strict=False)):

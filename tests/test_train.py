@@ -131,8 +131,7 @@ def head_of(demo, run, *flags):
     args.sweep = False
     model, _ = train.build_model(args, "test_resnet", 2)
     pictures = deeplcms.find_pictures(demo, ("val",))["val"][:3]
-    transform = train.augmentation(model, pictures[0].recipe, args)
-    return model, deeplcms.Pictures(pictures, ["control", "exposed"], transform, train.DRAW_SEED), args
+    return model, train.training_pictures(model, pictures, ["control", "exposed"], args), args
 
 
 def test_stored_features_equal_fresh_draws(demo, tmp_path, monkeypatch):
