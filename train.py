@@ -189,12 +189,12 @@ def load_weights(model, path):
 class EpochBatches:
     """Batches of (picture, draw) for the epoch in `.epoch`: shuffled, nearly equal in size, shared by the processes.
 
-    Order and draws follow from seed and epoch alone, so a restart needs no memory of the past. With `views` = K the
-    draws repeat after K epochs. A batch is never a leftover of one, which batch norm could not standardise.
+    Order and draws follow from seed and epoch alone, so a restart needs no memory of the past. A batch is never a
+    leftover of one, which batch norm could not standardise.
     """
 
-    def __init__(self, n, batch_size, seed, views=0):
-        self.n, self.seed, self.views, self.epoch = n, seed, views, 0
+    def __init__(self, n, batch_size, seed):
+        self.n, self.seed, self.epoch = n, seed, 0
         self.n_batches = max(1, min(math.ceil(n / (batch_size * WORLD)), n // (2 * WORLD)))
 
     def __len__(self):
@@ -202,15 +202,15 @@ class EpochBatches:
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        draw = self.epoch % self.views if self.views else self.epoch
         for batch in torch.tensor_split(torch.randperm(self.n, generator=generator), self.n_batches):
-            yield [(i, draw) for i in batch[RANK::WORLD].tolist()]
+            yield [(i, self.epoch) for i in batch[RANK::WORLD].tolist()]
 
 
 class StoredFeatures(Dataset):
-    """Pooled features (draws, pool, F) in place of the pictures in these rows. Item (i, draw): (features (F,), class).
+    """Pooled features (K, pool, F) in place of the pictures in these rows. Item (i, draw): (features (F,), class).
 
-    Folds and trials pick their rows from one array, which a file that was there is mapped to: nothing is copied.
+    After K draws the first comes again. Folds and trials pick their rows from one array, which a file that was there is
+    mapped to: nothing is copied.
     """
 
     def __init__(self, features, rows, labels):
@@ -221,7 +221,7 @@ class StoredFeatures(Dataset):
 
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        return self.features[draw, self.rows[i]], self.labels[i]
+        return self.features[draw % len(self.features), self.rows[i]], self.labels[i]
 
 
 class AllDraws(Dataset):
@@ -330,11 +330,10 @@ def make_loaders(model, train, val, pictures, classes, args, device):
         val_set = stored_features(model, val_set, held_out, 1, "validation", args, device)
     options = {"num_workers": 0 if views else args.workers, "pin_memory": device.type == "cuda"}
     options["persistent_workers"] = options["num_workers"] > 0
+    batches = EpochBatches(len(train_set), args.batch_size, args.seed)
     mine = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD))
     loaders = {
-        "train": DataLoader(
-            train_set, batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed, views), **options
-        ),
+        "train": DataLoader(train_set, batch_sampler=batches, **options),
         "val": DataLoader(mine, max(args.batch_size, 32), **options),
     }
     if model.frozen:
