@@ -365,10 +365,10 @@ def save_checkpoint(path, contents):
         raise Problem(f"{path} could not be written; is the disk full? ({first_line(error)})") from None
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, mmap=False):
     """The contents of a checkpoint: tensors, numbers and text only, so that nothing in it can run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise Problem(f"{path}: no such checkpoint", 2) from None
     except pickle.UnpicklingError:  # torch's own message is a page about how to run it all the same

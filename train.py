@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shlex
 import subprocess
 import sys
@@ -282,15 +281,16 @@ def stored_features(model, pictures, pool, n_draws, what, args, device):
     everything = Pictures(pool, [], pictures.transform, pictures.seed)
     path = features_file(model, everything, n_draws, args, device)
     features = None
+    amount = f"features of {len(pool)} {what} pictures x {n_draws} draws"
     if path.exists():
         try:
-            features = torch.load(path, weights_only=True, mmap=True)
-            say(f"stored features of {len(pool)} {what} pictures x {n_draws} draws: {path}")
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError):
+            features = load_checkpoint(path, mmap=True)
+            say(f"stored {amount}: {path}")
+        except Problem:
             say(f"{path} is damaged and made again")
     if features is None:
         size = 4 * n_draws * len(pool) * model.head.in_features / 1e6
-        say(f"extracting features of {len(pool)} {what} pictures x {n_draws} draws: {size:.1f} MB in {path}")
+        say(f"extracting {amount}: {size:.1f} MB in {path}")
         features = extract_features(model, everything, n_draws, args, device)
         if RANK == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -375,27 +375,24 @@ def train_batch(model, optimizer, scaler, x, y, args, device):
     with autocast(args, device):
         logits = model(x)
     loss = loss_of(logits.float(), y, reduction="sum")
-    n = len(y)
+    totals = torch.stack([loss.detach(), loss.new_tensor(len(y))])
     if WORLD > 1:
-        total = torch.tensor([float(n), loss.item()], device=device)
-        dist.all_reduce(total)
-        n = total[0].item()
-    scaler.scale(loss / n).backward()
+        dist.all_reduce(totals)
+    scaler.scale(loss / totals[1]).backward()
     if WORLD > 1:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
     scaler.step(optimizer)
     scaler.update()
-    return (total[1].item() if WORLD > 1 else loss.item()), logits.detach().float().cpu(), y.cpu()
+    return totals[0].item(), logits.detach().float().cpu(), y.cpu()
 
 
 def validate(model, loader, args, device):
     """(loss, metrics) of the whole validation set, each process having seen its share."""
     with autocast(args, device):
         logits, labels = deeplcms.predict(model, loader, device)
-    parts = gathered((logits, labels))
-    logits, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    logits, labels = map(torch.cat, zip(*gathered((logits, labels)), strict=True))
     return loss_of(logits, labels).item(), metrics_of(labels, probabilities_of(logits))
 
 
@@ -434,8 +431,7 @@ def fit(model, loaders, args, device, lr, run=None, facts=None, start=None, afte
             logits.append(batch_logits)
             labels.append(batch_labels)
             bar.set_postfix(loss=f"{loss / (len(y) * WORLD):.3f}")
-        parts = gathered((torch.cat(logits), torch.cat(labels)))
-        logits, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        logits, labels = map(torch.cat, zip(*gathered((torch.cat(logits), torch.cat(labels))), strict=True))
         train_loss = total / len(labels)
         val_loss, val = validate(model, loaders["val"], args, device)
         if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
