@@ -124,28 +124,24 @@ def build_model(args, backbone, n_classes):
     options = {"grid": grid_of(args, backbone), "image_size": args.image_size}
     if backbone == "pixels":
         return Classifier(backbone, n_classes, **options).freeze(), "no network"
+    origin = "random initialisation"
     if args.weights in ("auto", "pretrained"):
         offline_if_unreachable()
         try:
             model = Classifier(backbone, n_classes, pretrained=True, **options)
-            source = timm.get_pretrained_cfg(backbone)
-            origin = f"pretrained ({source.hf_hub_id or backbone})"
+            origin = f"pretrained ({timm.get_pretrained_cfg(backbone).hf_hub_id or backbone})"
         except Problem:
             raise
         except Exception as error:  # the Hub, its cache and timm each have their own exceptions
+            missing = f"no pretrained weights of {backbone} could be had ({type(error).__name__})"
             if args.weights == "pretrained":
-                raise Problem(
-                    f"--weights pretrained: no weights of {backbone} on the Hub or in its cache "
-                    f"({type(error).__name__}); connect to the network once, or give --weights FILE or random"
-                ) from None
-            say(
-                f"warning: no pretrained weights of {backbone} could be had ({type(error).__name__}): random "
-                "initialisation" + (", and the whole network is trained" if args.finetune != "head" else "")
-            )
+                raise Problem(f"{missing}: connect to the network once, or give --weights FILE or random") from None
+            whole = ", and the whole network is trained" if args.finetune != "head" else ""
+            say(f"warning: {missing}: {origin}{whole}")
             torch.manual_seed(args.seed)  # the attempt has used random numbers: start where --weights random does
-            model, origin = Classifier(backbone, n_classes, **options), "random initialisation"
+            model = Classifier(backbone, n_classes, **options)
     else:
-        model, origin = Classifier(backbone, n_classes, **options), "random initialisation"
+        model = Classifier(backbone, n_classes, **options)
         if args.weights != "random":
             load_weights(model, args.weights)
             origin = f"file {args.weights}"
