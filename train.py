@@ -396,7 +396,7 @@ def fit(model, loaders, args, device, lr, run=None, facts=None, start=None, afte
     """The training loop: epochs of batches, validation, schedule, early stopping, checkpoints. Returns its history.
 
     run: folder for best.pt, last.pt, epochs.csv (None: nothing is written); facts: what the checkpoints hold besides
-    weights; start: contents of a last.pt to go on from. The best epoch is the one of lowest validation loss.
+    weights; start: contents of a last.pt to go on from.
     """
     optimizer = make_optimizer(model, args, lr)
     scheduler = make_scheduler(optimizer, args)
@@ -411,7 +411,7 @@ def fit(model, loaders, args, device, lr, run=None, facts=None, start=None, afte
         history = start["history"]
 
     for epoch in range(len(history) + 1, args.epochs + 1):
-        best = min(history, key=lambda row: row["val_loss"], default=None)
+        best = best_of(history)
         if best and epoch - 1 - best["epoch"] >= args.patience:
             say(f"no better validation loss for {args.patience} epochs: stopped")
             break
@@ -444,7 +444,7 @@ def fit(model, loaders, args, device, lr, run=None, facts=None, start=None, afte
         if run and RANK == 0:
             # best.pt before last.pt: killed in between, the epoch is run again and best.pt written again, the same.
             if improved and not model.frozen:
-                save_best(run, model, facts, row)
+                deeplcms.save_checkpoint(run / "best.pt", facts | {"model": model.state_dict(), "epoch": epoch})
             elif improved:  # an epoch on stored features is shorter than writing a backbone: that follows at the end
                 best_weights = copy.deepcopy(trained_weights(model))
             states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -460,19 +460,20 @@ def fit(model, loaders, args, device, lr, run=None, facts=None, start=None, afte
         after_epoch(row)
     if run and RANK == 0 and model.frozen:
         model.load_state_dict(best_weights, strict=False)
-        save_best(run, model, facts, min(history, key=lambda row: row["val_loss"]))
+        epoch = best_of(history)["epoch"]
+        deeplcms.save_checkpoint(run / "best.pt", facts | {"model": model.state_dict(), "epoch": epoch})
     return history
+
+
+def best_of(history):
+    """The epoch of lowest validation loss, None before the first."""
+    return min(history, key=lambda row: row["val_loss"], default=None)
 
 
 def trained_weights(model):
     """The part of the state that training changes: all of it, or what is not the backbone of a frozen one."""
     state = model.state_dict()
     return {name: t for name, t in state.items() if not (model.frozen and name.startswith("backbone."))}
-
-
-def save_best(run, model, facts, row):
-    val = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
-    deeplcms.save_checkpoint(run / "best.pt", facts | {"model": model.state_dict(), "epoch": row["epoch"], "val": val})
 
 
 # ---------------------------------------------------------------- learning-rate range test
@@ -549,8 +550,7 @@ def endless(loader):
 
 
 def draw_curves(run, history, title):
-    epochs = [row["epoch"] for row in history]
-    best = min(history, key=lambda row: row["val_loss"])
+    epochs, best = [row["epoch"] for row in history], best_of(history)
     with figure(run / "curves.png", title, (10, 4), ncols=2) as (left, right):
         for name, label in (("train_loss", "training"), ("val_loss", "validation")):
             left.plot(epochs, [row[name] for row in history], marker=".", label=label)
@@ -685,7 +685,7 @@ def train_once(args, backbone, pictures, fold=None):
         say(f"{run} is finished already")
         return run, config
     try:
-        return run, train_in(run, args, backbone, pictures, fold, settings)
+        return run, train_in(run, args, backbone, pictures, fold, settings, config or {})
     except Problem:
         if RANK == 0 and run.is_dir() and not any(run.iterdir()):
             run.rmdir()  # a training that never began leaves no folder
@@ -696,45 +696,33 @@ def train_once(args, backbone, pictures, fold=None):
         raise
 
 
-def train_in(run, args, backbone, pictures, fold, settings):
+def train_in(run, args, backbone, pictures, fold, settings, before):
+    """The training itself, in its folder; `before` is the config.json of an interrupted one. Returns config.json."""
     began, device = time.time(), choose_device()
     train, val, classes = split_pictures(pictures, args, fold)
     torch.manual_seed(args.seed)
     model, origin = build_model(args, backbone, len(classes))
     model.to(device)
     originals = [picture for picture in train if not picture.is_copy]
-    config = {
-        "settings": settings,
-        "backbone": backbone,
-        "data": str(args.data),
-        "data_set": Path(args.data).resolve().name,
-        "seed": args.seed,
-        "fold": fold,
-        "grid": model.grid,
-        "image_size": model.image_size,
-        "weights_origin": origin,
-        "finetune": "head" if model.frozen else "all",
-        "shuffle_labels": args.shuffle_labels,
-        "classes": classes,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "pictures": {"train": len(train), "val": len(val)},
-        "device": str(device),
-    }
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = {name: settings[name] for name in ("backbone", "data", "seed", "fold", "shuffle_labels")}
+    config |= {"settings": settings, "data_set": Path(args.data).resolve().name, "classes": classes}
+    config |= {"weights_origin": origin, "finetune": "head" if model.frozen else "all", "grid": model.grid}
+    config |= {"image_size": model.image_size, "parameters": n_parameters, "trained_parameters": n_trained}
+    config |= {"pictures": {"train": len(train), "val": len(val)}, "device": str(device)}
     say(
-        f"{backbone} ({origin}, {config['finetune']} trained, {config['trained_parameters']:,} of "
-        f"{config['parameters']:,} parameters), grid {model.grid}, {model.image_size} x {model.image_size} pictures: "
-        f"{len(train)} for training, {len(val)} for validation, classes {', '.join(classes)}"
+        f"{backbone} ({origin}, {config['finetune']} trained, {n_trained:,} of {n_parameters:,} parameters), "
+        f"grid {model.grid}, {model.image_size} x {model.image_size} pictures: {len(train)} for training, "
+        f"{len(val)} for validation, classes {', '.join(classes)}"
     )
-    before = read_config(run) or {}
     if RANK == 0:
         deeplcms.write_json(run / "config.json", before or config)
         draw_transformed(run, originals, classes, model, args)
     loaders = make_loaders(model, train, val, pictures, classes, args, device)
-    if args.lr == "auto":
+    lr = args.lr
+    if lr == "auto":
         lr = before.get("lr") or find_lr(model, loaders["train"], args, device, run)
-    else:
-        lr = args.lr
     config["lr"] = lr
     if RANK == 0:
         deeplcms.write_json(run / "config.json", config)
@@ -748,10 +736,8 @@ def train_in(run, args, backbone, pictures, fold, settings):
     }
     start = load_checkpoint(run / "last.pt") if (run / "last.pt").exists() else None
     history = fit(model, loaders, args, device, lr, run, facts, start)
-    best = min(history, key=lambda row: row["val_loss"])
-    config |= {"status": "finished", "best_epoch": best["epoch"], "best_val_loss": best["val_loss"], "best": best}
-    config["seconds"] = round(sum(row["seconds"] for row in history), 1)
-    config["total_seconds"] = round(time.time() - began, 1)
+    best = best_of(history)
+    config |= {"status": "finished", "best": best, "total_seconds": round(time.time() - began, 1)}
     if RANK == 0:
         write_rows(run / "epochs.csv", history)
         draw_curves(run, history, f"{backbone}, {origin}" + (", shuffled labels" if args.shuffle_labels else ""))
@@ -867,7 +853,7 @@ def tune(args, backbone, pictures):
         except Problem as problem:
             say(f"trial {trial.number} is given up: {problem}")
             raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
-        return min(row["val_loss"] for row in history)
+        return best_of(history)["val_loss"]
 
     limit = optuna.study.MaxTrialsCallback(args.tune, states=FINISHED)
     if len(finished_of(study)) < args.tune:
@@ -1042,7 +1028,7 @@ def main():
             failures[name] = first_line(problem)
             say(f"failed: {name}: {failures[name]}")
     for backbone in backbones:
-        losses = np.array([config["best_val_loss"] for _, config in results if config["backbone"] == backbone])
+        losses = np.array([config["best"]["val_loss"] for _, config in results if config["backbone"] == backbone])
         if len(losses) > 1:
             spread = f"{losses.mean():.3f} +- {losses.std(ddof=1):.3f}"
             say(f"{len(losses)} trainings of {backbone}: best validation loss {spread} (mean, standard deviation)")

@@ -78,7 +78,7 @@ def make_run(run, data, backbone="pixels", **config):
     write_json(run / "config.json", config)
     names = ("total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high")
     contents = {"model": model.state_dict(), "epoch": 5, "backbone": backbone, "classes": classes, "grid": 8}
-    contents |= {"image_size": 16, "mean": list(model.mean), "std": list(model.std), "config": config, "val": {}}
+    contents |= {"image_size": 16, "mean": list(model.mean), "std": list(model.std), "config": config}
     contents |= {"recipe": pictures[0].recipe.to_text(), "versions": {}}
     contents |= {"cohort": {name: [float(p.text[name]) for p in pictures] for name in names}}
     save_checkpoint(run / "best.pt", contents)

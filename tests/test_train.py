@@ -346,7 +346,7 @@ def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo):
     folder = demo.parent / "runs/demo/test_resnet/seed2643-shuffled"
     config = json.loads((folder / "config.json").read_text())
     assert config["shuffle_labels"] and config["grid"] == train.DEMO["grid"] and config["lr"] == train.DEMO["lr"]
-    assert len(rows_of(folder / "epochs.csv")) == config["best_epoch"] + 1 < 30
+    assert len(rows_of(folder / "epochs.csv")) == config["best"]["epoch"] + 1 < 30
 
 
 def test_pixels_keep_a_grid_of_their_own_beside_networks_and_in_the_demo():
