@@ -789,9 +789,8 @@ def open_study(storage, name, sampler, pruner):
     """The study of that name in the database, made if it is not there; Problem if there is no such database."""
     for attempt in range(5):
         try:
-            return optuna.create_study(
-                study_name=name, storage=storage, sampler=sampler, pruner=pruner, load_if_exists=True
-            )
+            options = {"sampler": sampler, "pruner": pruner, "load_if_exists": True}
+            return optuna.create_study(storage=storage, study_name=name, **options)
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
             reason = first_line(error)
             if isinstance(error, (sqlalchemy.exc.ArgumentError, ImportError)):
@@ -807,11 +806,7 @@ def tune(args, backbone, pictures):
     much of a difference is luck. Trials are pruned at the median, share the stored features of a frozen backbone, and
     write no checkpoints: the command printed at the end does.
     """
-    matplotlib.use("Agg")  # optuna's plots are made for a screen
-    import optuna.visualization.matplotlib as draw
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of every plot
     train, val, classes = split_pictures(pictures, args)
     folder = Path(args.out) / Path(args.data).resolve().name / backbone / "tune"
     folder.mkdir(parents=True, exist_ok=True)
@@ -826,7 +821,7 @@ def tune(args, backbone, pictures):
 
     device = choose_device()
     torch.manual_seed(args.seed)
-    model, origin = build_model(args, backbone, len(classes))
+    model, _ = build_model(args, backbone, len(classes))
     model.to(device)
     loaders = make_loaders(model, train, val, pictures, classes, args, device)
     fresh = copy.deepcopy(model.state_dict())
@@ -855,11 +850,24 @@ def tune(args, backbone, pictures):
             raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
         return best_of(history)["val_loss"]
 
-    limit = optuna.study.MaxTrialsCallback(args.tune, states=FINISHED)
     if len(finished_of(study)) < args.tune:
-        study.optimize(objective, callbacks=[limit])
+        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(args.tune, states=FINISHED)])
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
         raise Problem("--tune: the loss became infinite in every trial; try a lower --lr")
+    write_study(study, folder)
+    best = study.best_trial
+    found = f"best validation loss {best.value:.3f}, trial {best.number}"
+    winner = settings | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}")}
+    winner["seed"] = best.user_attrs.get("seed", args.seed)
+    say(f"{len(study.trials)} trials in {folder}; {found}. Train it:\n  {command_of(winner)}")
+
+
+def write_study(study, folder):
+    """trials.csv, and Optuna's figures of it."""
+    matplotlib.use("Agg")  # they are made for a screen
+    import optuna.visualization.matplotlib as draw
+
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of every figure
     with whole_file(folder / "trials.csv") as temporary:
         study.trials_dataframe().to_csv(temporary, index=False)
     importance = optuna.importance.PedAnovaImportanceEvaluator()
@@ -876,11 +884,6 @@ def tune(args, backbone, pictures):
                 drawn.savefig(temporary, dpi=150)
         except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few finished trials to say anything
             say(f"{name}.png is left out: {error}")
-    best = study.best_trial
-    found = f"best validation loss {best.value:.3f}, trial {best.number}"
-    winner = settings | best.params | {"lr": float(f"{best.user_attrs['lr']:.3g}")}
-    winner["seed"] = best.user_attrs.get("seed", args.seed)
-    say(f"{len(study.trials)} trials in {folder}; {found}. Train it:\n  {command_of(winner)}")
 
 
 # ---------------------------------------------------------------- command line
