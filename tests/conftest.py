@@ -1,42 +1,113 @@
-"""What the tests share: a small demo cohort, one run trained on it, the real runs where there are some."""
+"""What the tests share: two small cohorts, runs trained on them, the real runs where there are some."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests ask nothing of the network
 
+import convert  # noqa: E402
+import deeplcms  # noqa: E402
+import evaluate  # noqa: E402
+import explain  # noqa: E402
+import train  # noqa: E402
 
-def call(script, *arguments, cwd, **options):
+MODULES = {module.__name__: module for module in (convert, evaluate, explain, train)}
+PEAK = (4.37, 462.175)  # minutes and m/z of the article's morphine-3-glucuronide
+TINY = ["--weights", "random", "--image-size", 64, "--batch-size", 8, "--erase", 0, "--workers", 1, "--lr", 0.01]
+
+
+def call(script, *arguments, cwd, root=ROOT, **options):
     """Run a script of the project as a user does; returns the completed process with its output as text."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    command = [sys.executable, str(root / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
+
+
+def run(script, *arguments, cwd):
+    """The same in this process, as loading torch once is enough; returns (exit status, last line of stderr or '')."""
+    before, argv = Path.cwd(), sys.argv
+    os.chdir(cwd)
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        deeplcms.run_script(MODULES[script.removesuffix(".py")].main)
+    except SystemExit as end:
+        return (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+
+
+def random_scans(seed, n_scans=40, n_peaks=200):
+    rng = np.random.default_rng(seed)
+    return [(3.0 * i, np.sort(rng.uniform(100, 300, n_peaks)), rng.lognormal(8, 2, n_peaks)) for i in range(n_scans)]
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """A demo cohort of 40 runs at 64 bins."""
     folder = tmp_path_factory.mktemp("cohort") / "demo"
-    done = call("convert.py", "--demo", folder, "--runs", 40, "--bins", 64, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr
+    assert run("convert.py", "--demo", folder, "--runs", 40, "--bins", 64, cwd=folder.parent) == (0, "")
     return folder
 
 
-TINY = ["--weights", "random", "--image-size", 64, "--batch-size", 8, "--erase", 0, "--workers", 1]
+@pytest.fixture(scope="session")
+def trained(demo):
+    """A run of two epochs of a tiny network on that cohort."""
+    arguments = ["--backbone", "test_resnet", "--data", demo, "--grid", 3, "--epochs", 2, *TINY]
+    assert run("train.py", *arguments, cwd=demo.parent) == (0, "")
+    return demo.parent / "runs" / "demo" / "test_resnet" / "seed2643"
+
+
+def make_cohort(folder, phenotypes):
+    """Raw runs and pictures of a cohort whose phenotypes, but for the first, have one compound more: PEAK, and so on.
+
+    24 training, 8 validation and 5 test runs a phenotype; four compounds at random places in every run.
+    """
+    rng, rows = np.random.default_rng(0), ["sample_name,phenotype,age,split"]
+    (folder / "raw").mkdir(parents=True)
+    for p, phenotype in enumerate(phenotypes):
+        for i, split in enumerate(["train"] * 24 + ["val"] * 8 + ["test"] * 5):
+            scans = [(seconds, [100.5, 899.5], [1.0, 1.0]) for seconds in np.arange(61.0, 659.0, 9.4)]
+            places = list(zip(rng.integers(2, 62, 4), rng.uniform(150, 850, 4), strict=True))
+            places += [(21, PEAK[1] + 100 * (p - 1))] * 4 if p else []
+            for scan, mz in places:
+                seconds, masses, heights = scans[scan]
+                scans[scan] = seconds, [*masses, mz], [*heights, 1000.0]
+            order = [np.argsort(masses) for _, masses, _ in scans]
+            scans = [(s, np.array(m)[o], np.array(h)[o]) for (s, m, h), o in zip(scans, order, strict=True)]
+            convert.write_mzml(folder / "raw" / f"{phenotype}{i:02d}.mzML", scans)
+            rows.append(f"{phenotype}{i:02d},{phenotype},{30 + 10 * p + i},{split}")
+    (folder / "raw" / "samples.csv").write_text("\n".join(rows))
+    flags = ["--rt-range", 1, 11, "--mz-range", 100, 900, "--bins", 64, "--sigma", 1, "--normalize", "global"]
+    done = run("convert.py", folder / "raw", folder / "raw/samples.csv", folder / "data", *flags, cwd=folder)
+    assert done == (0, "")
+    return folder / "data"
+
+
+def train_pixels(data, *flags):
+    """A run of the baseline on that cohort; it finds the compound within seconds."""
+    flags = ["--image-size", 64, "--epochs", 40, "--rotate", 0, "--color-jitter", 0, "--erase", 0, "--lr", 0.3, *flags]
+    assert run("train.py", "--backbone", "pixels", "--grid", 16, "--data", data, *flags, cwd=data.parent) == (0, "")
+    return data.parent / "runs" / data.name / "pixels" / "seed2643"
 
 
 @pytest.fixture(scope="session")
-def run(demo):
-    """A run of two epochs of a tiny network on that cohort."""
-    arguments = ["--backbone", "test_resnet", "--data", demo, "--grid", 3, "--epochs", 2, "--lr", 0.01, *TINY]
-    done = call("train.py", *arguments, cwd=demo.parent)
-    assert done.returncode == 0, done.stderr
-    return demo.parent / "runs" / "demo" / "test_resnet" / "seed2643"
+def two(tmp_path_factory):
+    """(data set, run) of two phenotypes; class 1 is user."""
+    data = make_cohort(tmp_path_factory.mktemp("two"), ["non-user", "user"])
+    return data, train_pixels(data)
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory):
+    data = make_cohort(tmp_path_factory.mktemp("three"), ["a", "b", "c"])
+    return data, train_pixels(data)
 
 
 @pytest.fixture(scope="session")

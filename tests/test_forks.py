@@ -1,0 +1,113 @@
+"""What a fork changes has one place: each fork of the README's section on forking, made and run on a copy."""
+
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from conftest import ROOT, call
+
+FLAGS = ["--backbone", "pixels", "--grid", 8, "--image-size", 64, "--epochs", 2, "--lr", 0.1, "--data"]
+
+
+@pytest.fixture()
+def fork(tmp_path):
+    """A copy of the scripts, and a function that edits one of them: edit(script, old text, new text)."""
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+
+    def edit(script, old, new):
+        text = (tmp_path / script).read_text()
+        assert text.count(old) == 1, f"{script} holds {old!r} {text.count(old)} times"
+        (tmp_path / script).write_text(text.replace(old, new))
+
+    return tmp_path, edit
+
+
+def works(folder, script, *arguments):
+    done = call(script, *arguments, cwd=folder, root=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_square_root_in_place_of_the_logarithm(fork, two):
+    folder, edit = fork
+    edit("deeplcms.py", '    colormap: str = "jet"\n', '    colormap: str = "jet"\n    scale: str = "log"\n')
+    logarithm = "values = np.log1p(255 * values / (values.max() or 1)) / np.log(256)"
+    assert logarithm in (folder / "deeplcms.py").read_text()
+    root = 'if recipe.scale == "root":\n        values = np.sqrt(values / (values.max() or 1))\n    else:\n        '
+    edit("deeplcms.py", logarithm, root + logarithm)
+    edit("convert.py", '    add("--colormap"', '    add("--scale", default="log")\n    add("--colormap"')
+    raw = two[0].parent / "raw"
+    command = ["convert.py", raw, raw / "samples.csv", "root", "--bins", 64]
+    works(folder, *command, "--scale", "root")
+    assert "with scale root, not log" in call(*command, cwd=folder, root=folder).stderr
+    works(folder, "train.py", *FLAGS, "root")
+    works(folder, "evaluate.py")
+    run = folder / "runs/root/pixels/seed2643"
+    names = pd.read_csv(run / "predictions.csv").set_index("sample_name")["probability_user"]
+    works(folder, "evaluate.py", "--predict", *(raw / f"{name}.mzML" for name in names.index), "--out", "new.csv")
+    new = pd.read_csv(folder / "new.csv")
+    assert new["probability_user"].tolist() == pytest.approx(names.tolist(), abs=1e-6)
+    works(folder, *command[:3], "log", *command[4:])
+    assert "scale is log, not root" in call("evaluate.py", "--data", "log", cwd=folder, root=folder).stderr
+
+
+def test_mixup_is_a_setting_that_nothing_forgets(fork, two):
+    folder, edit = fork
+    edit("train.py", '    add("--erase"', '    add("--mixup", type=float, default=0.0)\n    add("--erase"')
+    mixed = "    if args.mixup:\n        x = x + args.mixup * (x[torch.randperm(len(x))] - x)\n"
+    step = "    optimizer.zero_grad()\n    with autocast"
+    edit("train.py", step, mixed + step)
+    works(folder, "train.py", *FLAGS, two[0])
+    refused = call("train.py", *FLAGS, two[0], "--mixup", 0.2, cwd=folder, root=folder)
+    assert refused.returncode == 1 and "is a training with mixup 0.0, not 0.2" in refused.stderr
+    works(folder, "train.py", *FLAGS, two[0], "--mixup", 0.2, "--name", "mixup")
+    run = folder / "runs/mixup/pixels/seed2643"
+    assert json.loads((run / "config.json").read_text())["settings"]["mixup"] == 0.2
+    losses = [pd.read_csv(path / "epochs.csv")["train_loss"][0] for path in (run, folder / "runs/data/pixels/seed2643")]
+    assert losses[0] != losses[1]
+
+
+def test_another_head(fork, two):
+    folder, edit = fork
+    text = (folder / "train.py").read_text()
+    old = re.search(r"        self.head = nn.Linear.*?\n(?:        nn.init.*\n)+", text).group()
+    layers = "nn.Linear(self.n_features, 16), nn.ReLU(), nn.Linear(16, n_outputs)"
+    edit("train.py", old, f"        self.head = nn.Sequential({layers})\n")
+    works(folder, "train.py", *FLAGS, two[0])
+    works(folder, "evaluate.py")
+    works(folder, "explain.py")
+
+
+def test_one_more_thing_to_tune(fork, two):
+    folder, edit = fork
+    edit("train.py", '"scheduler": list(SCHEDULERS)}', '"scheduler": ["cosine"], "weight_decay": [0.0, 0.1]}')
+    printed = works(folder, "train.py", *FLAGS, two[0], "--tune", 8)
+    trials = pd.read_csv(folder / "runs/data/pixels/tune/trials.csv")
+    assert trials.groupby(["params_optimizer", "params_weight_decay"]).ngroups == 8 and "--weight-decay" in printed
+
+
+def test_a_regression_label(fork, two):
+    """The ages in samples.csv: what is learned, the loss and the metrics have one place each."""
+    folder, edit = fork
+    edit(
+        "deeplcms.py",
+        '    return pictures["phenotype"].map(classes.index).to_numpy()\n',
+        '    return pictures["age"].astype(float).to_numpy()\n',
+    )
+    text = (folder / "train.py").read_text()
+    old = text[text.index("    if logits.shape[1] == 1:\n        return F.binary") : text.index("@functools.cache")]
+    edit("train.py", old, "    return F.mse_loss(logits[:, 0], labels.float())\n\n\n")
+    edit(
+        "deeplcms.py",
+        "    probabilities = probabilities_of(logits)\n    n_classes",
+        '    return {"rmse": np.sqrt(np.mean((np.asarray(logits)[:, 0] - labels) ** 2))}\n'
+        "    probabilities = probabilities_of(logits)\n    n_classes",
+    )
+    assert "val_rmse" in works(folder, "train.py", *FLAGS, two[0], "--repeats", 2)
+    epochs = pd.read_csv(folder / "runs/data/pixels/seed2643/epochs.csv")
+    assert (epochs["val_rmse"] ** 2).tolist() == pytest.approx(epochs["val_loss"].tolist(), rel=1e-5)
+    works(folder, "evaluate.py", "runs")
+    assert "val_rmse" in pd.read_csv(next(folder.glob("runs/**/comparison.csv")))
