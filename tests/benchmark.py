@@ -17,11 +17,13 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import convert  # noqa: E402
+import deeplcms  # noqa: E402
 
-RECIPE = convert.Recipe(0.0, 20.0, 100.0, 1200.0)
+RECIPE = deeplcms.Recipe(0.0, 20.0, 100.0, 1200.0)
 
 
 def seconds(function, *arguments):
@@ -114,10 +116,10 @@ def benchmark_convert(args):
             times["load"].append(seconds(load, path))
             times["conversion"].append(seconds(convert.write_pictures, path, [(png, (0, 0))], RECIPE))
             times["article"].append(seconds(article_recipe, path, png))
-            times["read"].append(seconds(convert.read_run, path, lambda *scan: None))
-            times["bin"].append(seconds(convert.histogram_of_run, path, RECIPE))
+            times["read"].append(seconds(lambda: list(deeplcms.read_run(path))))
+            times["bin"].append(seconds(deeplcms.histogram_of_run, path, RECIPE))
             counts = np.random.default_rng(0).lognormal(8, 2, RECIPE.bins)
-            times["filter"].append(seconds(convert.picture_of_counts, counts, RECIPE))
+            times["filter"].append(seconds(deeplcms.picture_of_counts, counts, RECIPE))
         cost = {name: median(values) for name, values in times.items() if values}
         cost["bin"] -= cost["read"]
         cost["write"] = max(0, cost["conversion"] - cost["read"] - cost["bin"] - cost["filter"])
@@ -161,7 +163,6 @@ def benchmark_views(args):
     import timm
     import torch
 
-    import deeplcms
     import train
 
     root, epochs, fresh_epochs = Path(train.__file__).parent, 50, 3
@@ -170,30 +171,28 @@ def benchmark_views(args):
         command = [root / "convert.py", "--demo", data, "--runs", args.runs, "--augment", 9, "--bins", 128]
         subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
         torch.save(timm.create_model(args.backbone).state_dict(), weights)  # the same backbone for every seed
-        flags = ["--backbone", args.backbone, "--data", data, "--weights", weights, "--out", runs, "--lr", 0.006]
+        flags = ["--backbone", args.backbone, "--data", data, "--weights", weights, "--out", runs, "--lr", "0.006"]
         flags += ["--image-size", args.image_size, "--finetune", "head", "--patience", epochs]
 
         def training(*more):
             """Seconds of one command, start included."""
-            command = [sys.executable, root / "train.py", *flags, *more]
+            command = [sys.executable, root / "train.py", *flags, "--name", "-".join(map(str, more)), *more]
             return seconds(lambda: subprocess.run([*map(str, command)], check=True, capture_output=True))
 
-        settings = train.parse_arguments([*map(str, flags), "--views", "4", "--folds", "5"])
-        settings.sweep, device = True, deeplcms.choose_device()
-        pictures = deeplcms.find_pictures(data, ("train", "val"))
-        split, val, classes = train.split_pictures(pictures, settings, fold=0)
-        model = train.build_model(settings, args.backbone, len(classes))[0].to(device)
-        originals = sum(not picture.is_copy for picture in pictures["train"] + pictures["val"])
-        n = 4 * len(pictures["train"] + pictures["val"]) + originals
-        print(f"{args.backbone}, {args.image_size} x {args.image_size}, {len(pictures['train'])} training pictures\n")
-        extraction = seconds(train.make_loaders, model, split, val, pictures, classes, settings, device)
+        settings, *_ = train.trainings_of(train.parse_arguments([*map(str, flags), "--views", "4"]))
+        pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
+        n_train = (pictures["split"] == "train").sum()
+        n = 4 * n_train + (~pictures["copy"] & (pictures["split"] == "val")).sum()
+        print(f"{args.backbone}, {args.image_size} x {args.image_size}, {n_train} training pictures\n")
+        extraction = seconds(train.prepare, settings, pictures, recipe, {})
 
-        fast = train.inference_copy(model)
-        batch = torch.rand(32, 3, model.image_size, model.image_size, device=device)
+        model, _ = train.build_model(settings, 1)
+        fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
+        batch = torch.rand(32, 3, model.image_size, model.image_size, device=train.DEVICE)
         batch = batch.contiguous(memory_format=torch.channels_last)
 
         def forward(n_batches):
-            with torch.inference_mode(), train.autocast(settings, device):
+            with torch.inference_mode(), train.autocast(settings):
                 for _ in range(n_batches):
                     fast.features(batch).float().cpu()
 
@@ -204,7 +203,7 @@ def benchmark_views(args):
 
         fresh = training("--views", 0, "--epochs", fresh_epochs)
         [table] = runs.glob("**/epochs.csv")
-        per_epoch = np.mean([float(line["seconds"]) for line in convert.read_table(table)])
+        per_epoch = pd.read_csv(table)["seconds"].mean()
         fresh += (epochs - fresh_epochs) * per_epoch
         stored = training("--views", 4, "--epochs", epochs)
         what = f"{epochs} epochs of fresh views ({fresh_epochs} run, scaled) / of 4 stored, with extraction"

@@ -2,7 +2,7 @@
 
     python tests/figures.py RUN.mzML [FOLDER]
 
-Writes run_to_picture.png (the steps of `convert.picture_of_run`) and picture_properties.png (the article's Figure 2:
+Writes run_to_picture.png (the steps of `deeplcms.picture_of_run`) and picture_properties.png (the article's Figure 2:
 500 and 1000 bins, each as it is and as a shifted copy, with both normalisations).
 """
 
@@ -18,23 +18,23 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import convert  # noqa: E402
+import deeplcms  # noqa: E402
 
 LABELS = {"rt": "each time divided by its highest bin (rt)", "global": "divided by the highest bin of the run (global)"}
 
 
 def save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with convert.whole_file(path) as temporary:
+    with deeplcms.whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
     print(path)
 
 
 def draw_steps(run, box, path):
     """One scan, all scans, their histogram, the picture."""
-    scans, recipe = [], convert.Recipe(*box)
-    convert.read_run(run, lambda *scan: scans.append(scan))
+    scans, recipe = list(deeplcms.read_run(run)), deeplcms.Recipe(*box)
     rt, mz, intensity = max(scans, key=lambda scan: scan[2].sum())
-    counts, _ = convert.histogram_of_run(run, recipe)
+    counts, _ = deeplcms.histogram_of_run(run, recipe)
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.6), layout="constrained")
 
     axes[0].vlines(mz, 0, intensity, linewidth=0.8)
@@ -49,7 +49,7 @@ def draw_steps(run, box, path):
     axes[2].imshow(np.log10(counts.T[::-1] + 1), extent=box, aspect="auto", cmap="viridis")
     axes[2].set_title(f"3. Intensity summed in {recipe.bins[0]} x {recipe.bins[1]} bins")
 
-    axes[3].imshow(convert.picture_of_counts(counts, recipe), extent=box, aspect="auto")
+    axes[3].imshow(deeplcms.picture_of_counts(counts, recipe), extent=box, aspect="auto")
     axes[3].set_title("4. The picture: each time divided by its\nhighest bin, filtered, logarithm, jet")
     for axis in axes[1:]:
         axis.set(xlabel="retention time (min)", ylabel="m/z", xlim=box[:2], ylim=box[2:])
@@ -61,8 +61,8 @@ def draw_properties(run, box, path):
     figure, axes = plt.subplots(2, 4, figsize=(14, 7.4), sharex=True, sharey=True, layout="constrained")
     for line, (normalize, label) in zip(axes, LABELS.items(), strict=True):
         for pair, bins in ((0, 500), (2, 1000)):
-            recipe = convert.Recipe(*box, bins=(bins, bins), normalize=normalize)
-            picture, _ = convert.picture_of_run(run, recipe)
+            recipe = deeplcms.Recipe(*box, bins=(bins, bins), normalize=normalize)
+            picture, _ = deeplcms.picture_of_run(run, recipe)
             copy = convert.shifted(picture, rt_shift, mz_shift, recipe.zero_colour())
             for axis, image in zip(line[pair:], (picture, copy), strict=False):
                 axis.imshow(image, extent=box, aspect="auto", interpolation="antialiased")
@@ -79,13 +79,13 @@ def draw_properties(run, box, path):
 
 def main():
     if len(sys.argv) not in (2, 3):
-        raise convert.Problem("needs RUN.mzML, and a folder if you like", 2)
+        raise deeplcms.InputError("needs RUN.mzML, and a folder if you like")
     run, folder = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else ROOT / ".github/figures")
-    statistics = convert.read_run(run, lambda *scan: None)
-    box = [statistics[side] for side in convert.BOX]
+    statistics = convert.statistics_of_run(run, 0)
+    box = [statistics[side] for side in ("rt_first", "rt_last", "mz_low", "mz_high")]
     draw_steps(run, box, folder / "run_to_picture.png")
     draw_properties(run, box, folder / "picture_properties.png")
 
 
 if __name__ == "__main__":
-    convert.run_script(main)
+    deeplcms.run_script(main)
