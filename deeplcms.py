@@ -50,11 +50,6 @@ class Recipe:
         read = {tuple: lambda t: tuple(map(int, t.split())), bool: lambda t: t == "True"}
         return cls(**{field.name: read.get(field.type, field.type)(text[field.name]) for field in fields(cls)})
 
-    def differences(self, other):
-        """'sigma is 1.0, not 2.0; ...' for what another recipe has otherwise; '' if nothing."""
-        pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
-        return "; ".join(f"{name} is {here}, not {there}" for name, here, there in pairs if here != there)
-
     def to_fraction(self, rt, mz):
         """Minutes and m/z -> fraction of the picture from the left and from the top: it survives every resize."""
         x = (np.asarray(rt) - self.rt_min) / (self.rt_max - self.rt_min)
@@ -187,12 +182,16 @@ def find_runs(folder):
     return runs
 
 
+def files_of(paths):
+    """[Path] of files, and of the runs in those that are folders."""
+    return [file for path in map(Path, paths) for file in (find_runs(path).values() if path.is_dir() else [path])]
+
+
 def find_pictures(data_dir, splits=SPLITS):
     """Table of the pictures of a data set, a row each, and the Recipe that all of them share.
 
     Columns: path, split, phenotype, sample_name, copy (is it a shifted one?), and those of the data set's samples.csv,
-    `group` among them. Raises InputError where a split is missing or recipes differ: on other axes the same pixel is
-    another compound.
+    `group` among them. Raises InputError where a split is missing or recipes differ.
     """
     data_dir, rows = Path(data_dir), []
     if not data_dir.is_dir():
@@ -209,11 +208,17 @@ def find_pictures(data_dir, splits=SPLITS):
             rows.append(row | {"copy": text["shift"] != "0 0", "recipe": recipe})
     pictures, first = pd.DataFrame(rows), rows[0]
     for row in rows:
-        if differences := row["recipe"].differences(first["recipe"]):
-            raise InputError(f"{row['path']} and {first['path'].name} are different kinds of picture: {differences}")
+        check_recipe(row["recipe"], first["recipe"], row["path"])
     samples = read_table(data_dir / "samples.csv").drop(columns=["split", "phenotype"])
     pictures = pictures.drop(columns="recipe").merge(samples, on="sample_name", how="left")
     return pictures, first["recipe"]
+
+
+def check_recipe(recipe, expected, path):
+    """Refuse pictures of another kind: on other axes the same pixel is another compound."""
+    pairs = [(field.name, getattr(recipe, field.name), getattr(expected, field.name)) for field in fields(recipe)]
+    if differing := [f"{name} is {here}, not {there}" for name, here, there in pairs if here != there]:
+        raise InputError(f"{path}: another kind of picture than the others or the run's: {'; '.join(differing)}")
 
 
 def read_text(path):

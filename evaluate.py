@@ -24,16 +24,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, figure, number_or, run_script, write_json, write_table, write_text
-from deeplcms import called_class, confusion_of, find_pictures, find_runs, first_few, label_of, metrics_of
+from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, label_of, metrics_of
 from deeplcms import picture_of_run, probabilities_of, read_picture
 from train import DEVICE, Pictures, collect, evaluation_transform, find_run, load_run, predict
 
 RESAMPLES, SEED = 2000, 2643
-TITLES = {"f1": "F1", "roc_auc": "ROC AUC", "brier": "Brier score"}  # the other metrics are called by their name
+# What runs are compared by, in the article's Tables 1 and 2.
+COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]
+TESTS = """p values: Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after Benjamini and
+Hochberg within each metric. Replicates are trainings on the same people (folds: on overlapping parts of them, so that
+they are not independent): a small p speaks of training, not of new people."""
 
 
 def title_of(name):
-    return TITLES.get(name, name.replace("_", " "))
+    """'val_roc_auc' -> 'val ROC AUC'"""
+    return name.replace("_", " ").replace("roc auc", "ROC AUC").replace("f1", "F1").replace("index", "")
 
 
 def cautions(config):
@@ -57,8 +62,7 @@ def held_out(checkpoint, data, split):
     if settings["fold"] is not None and split != "test" and data is None:
         raise InputError(f"this run is a fold of train and val together and has seen most of {split}")
     pictures, recipe = find_pictures(data or settings["data"], (split,))
-    if differences := recipe.differences(checkpoint["recipe"]):
-        raise InputError(f"{data}: not the axes and settings that the run was trained with: {differences}")
+    check_recipe(recipe, checkpoint["recipe"], data or settings["data"])
     if unknown := set(pictures["phenotype"]) - set(config["classes"]):
         raise InputError(f"phenotype {first_few(unknown)} is none of the run's classes: {', '.join(config['classes'])}")
     pictures = pictures[~pictures["copy"]].reset_index(drop=True)
@@ -85,16 +89,15 @@ def best_threshold(labels, logits):
 
 
 def choose_threshold(model, checkpoint, threshold):
-    """(threshold, where it comes from) of --threshold: a number, or 'val' for the best one on the validation split."""
-    if len(checkpoint["config"]["classes"]) > 2:
+    """(threshold, the rule in words) of --threshold: a number, or 'val' for the best one on the validation split."""
+    classes, source = checkpoint["config"]["classes"], ""
+    if len(classes) > 2:
         return None, "the most probable class is called"
-    source = "given" if threshold != 0.5 else "default"
     if threshold == "val":
         pictures = held_out(checkpoint, None, "val")
         threshold = best_threshold(pictures["label"].to_numpy(), logits_of(model, pictures))
-        source = f"best balanced accuracy on {len(pictures)} pictures of the validation split"
-    name = checkpoint["config"]["classes"][1]
-    return threshold, f"{name} is called where its probability is {threshold:.4g} or more ({source})"
+        source = f", the best balanced accuracy on {len(pictures)} pictures of the validation split"
+    return threshold, f"{classes[1]} is called where its probability is {threshold:.4g} or more{source}"
 
 
 def judge(labels, logits, threshold=0.5):
@@ -285,29 +288,25 @@ def predict_files(run, files, threshold=0.5, out=None):
     config, classes = checkpoint["config"], checkpoint["config"]["classes"]
     transform = evaluation_transform(model.image_size, model.mean, model.std)
     threshold, rule = choose_threshold(model, checkpoint, threshold)
-    paths = [path for f in map(Path, files) for path in (find_runs(f).values() if f.is_dir() else [f])]
     rows, failures = [], []
-    for path in tqdm(paths, desc="predicting", unit="file", disable=None):
+    for path in tqdm(files_of(files), desc="predicting", unit="file", disable=None):
         try:
             picture, statistics = picture_of_run(path, checkpoint["recipe"])
         except (InputError, OSError) as error:
             failures.append(error)
             continue
-        x = transform(torch.from_numpy(picture).permute(2, 0, 1).contiguous())[None]
+        x = transform(torch.from_numpy(picture).permute(2, 0, 1).contiguous()).contiguous()
         with torch.inference_mode():
-            p = probabilities_of(model(x.contiguous().to(DEVICE)).cpu())
+            p = probabilities_of(model(x[None].to(DEVICE)).cpu())
         row = {"file": str(path), "called": classes[called_class(p, threshold)[0]]}
         row |= {f"probability_{name}": value for name, value in zip(classes, p[0], strict=True)}
         rows.append(row | {"warning": warnings_of(statistics, checkpoint["cohort"])})
-
-    about = f"{config['settings']['backbone']} trained on {config['data_set']} (run {run})"
-    print("; ".join([about, *cautions(config)]) + f"\n{rule}\n")
-    table = pd.DataFrame(rows)
-    if rows:
-        print(table.to_string(index=False, float_format="{:.4f}".format))
-    if out and rows:
-        write_table(out, table)
-        print(f"\n{len(rows)} predictions in {out}")
+    title = "; ".join(
+        [f"{config['settings']['backbone']} trained on {config['data_set']} (run {run})", *cautions(config)]
+    )
+    print(f"{title}\n{rule}\n\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.4f}'.format)}")
+    if out:
+        write_table(out, pd.DataFrame(rows))
     for failure in failures:
         print(f"left out: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -380,10 +379,11 @@ def tests_of(replicates, metrics):
     return tests
 
 
-def draw_replicates(path, replicates, metrics, title):
+def draw_replicates(path, replicates, metrics):
     """Article, Figures 1 and 3: median of each metric, standard deviation as error bar, a dot for each replicate."""
     ticks = [label.replace(" (", "\n(") for label in replicates]
     size = (3 + 2.1 * len(metrics), 1.8 + 0.5 * len(ticks))
+    title = "Replicates on validation pictures: median, standard deviation, each run"
     with figure(path, title, size, ncols=len(metrics), sharey=True, squeeze=False) as axes:
         for ax, name in zip(axes[0], metrics, strict=True):
             values = [rows[name] for rows in replicates.values()]
@@ -391,15 +391,16 @@ def draw_replicates(path, replicates, metrics, title):
             ax.barh(ticks, medians, xerr=deviations, color="lightsteelblue", capsize=3, height=0.65)
             for y, group in enumerate(values):
                 ax.plot(group, [y] * len(group), "o", color="black", markersize=3.5, alpha=0.7)
-            ax.set_xlabel(title_of(name.removeprefix("val_")))
+            ax.set_xlabel(title_of(name))
             ax.spines[["top", "right"]].set_visible(False)
         axes[0, 0].invert_yaxis()
 
 
 def markdown(table):
-    """A DataFrame of text as a Markdown table, its columns aligned."""
-    rows = [list(table.columns), *table.map(str).to_numpy().tolist()]
-    widths = [max(len(row[j]) for row in rows) for j in range(table.shape[1])]
+    """A DataFrame as a Markdown table, its columns aligned."""
+    rows = [[title_of(name) for name in table.columns]]
+    rows += [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.to_numpy()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
@@ -407,43 +408,27 @@ def markdown(table):
 def compare(runs, out=None):
     """Tables 1 and 2 for many runs; Figure 1 or 3 and its tests for replicates among them."""
     table = table_of(runs)
-    losses, metrics = ["train_loss", "val_loss"], ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]
-    metrics = [name for name in metrics if name in table] or losses[1:]
+    metrics = [name for name in COMPARED if name in table]
     out = Path(out or os.path.commonpath([run.resolve() for run in runs]))
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns=["folder", "settings"]))
-    data_sets = ", ".join(sorted(set(table["data_set"])))
-    columns = {"data_set": "data set", "backbone": "backbone", "parameters_millions": "parameters (M)"}
-    columns |= {"best_epoch": "best epoch", "train_loss": "train loss", "val_loss": "validation loss"}
-    columns |= {name: title_of(name.removeprefix("val_")) for name in metrics[1:]}
-    columns |= {"seconds": "time (s)", "seed": "seed", "fold": "fold", "notes": "notes"}
-    if table["data_set"].nunique() == 1:
-        del columns["data_set"]
-    shown = table[list(columns)].rename(columns=columns)
-    for name, values in shown.select_dtypes("float").items():
-        shown[name] = values.map("{:.3f}".format)
-    text = [f"# {len(table)} runs on {data_sets}", "The best epoch by validation loss, sorted by it.", markdown(shown)]
-
+    columns = ["data_set", "backbone", "parameters_millions", "best_epoch", "train_loss", *metrics]
+    shown = table[[*columns, "seconds", "seed", "fold", "notes"]].rename(columns=title_of)
+    text = [f"# {len(table)} runs", "The best epoch by validation loss, sorted by it.", markdown(shown)]
     if replicates := replicates_of(table):
         medians = pd.DataFrame({label: rows[metrics].median() for label, rows in replicates.items()}).T
         deviations = pd.DataFrame({label: rows[metrics].std() for label, rows in replicates.items()}).T
-        n = pd.Series({label: len(rows) for label, rows in replicates.items()}, name="runs")
-        summary = pd.concat([n, medians.add_suffix("_median"), deviations.add_suffix("_deviation")], axis=1)
-        write_table(out / "replicates.csv", summary.rename_axis("replicates_of").reset_index())
         cells = medians.map("{:.3f}".format) + " ± " + deviations.map("{:.3f}".format)
-        cells = cells.rename(columns=title_of).assign(runs=n).rename_axis("").reset_index()
-        text += ["## Replicates", "Median ± standard deviation; see replicates.png.", markdown(cells)]
-        title = f"Replicates on {data_sets}, validation pictures: median, standard deviation, each run"
-        draw_replicates(out / "replicates.png", replicates, metrics, title)
-    contenders = {label: rows for label, rows in replicates.items() if "shuffled" not in rows["notes"].iloc[0]}
+        cells["runs"] = [len(rows) for rows in replicates.values()]
+        numbers = medians.add_suffix("_median").join(deviations.add_suffix("_deviation")).join(cells["runs"])
+        write_table(out / "replicates.csv", numbers.rename_axis("replicates_of").reset_index())
+        text += ["## Replicates", "Median ± standard deviation; see replicates.png.", markdown(cells.reset_index())]
+        draw_replicates(out / "replicates.png", replicates, metrics)
+    contenders = {label: rows for label, rows in replicates.items() if "shuffled" not in label}
     if len(contenders) > 1:
         tests = tests_of(contenders, metrics)
         write_table(out / "dunn.csv", tests.rename_axis("pair").reset_index())
-        cells = tests.map("{:.2g}".format).rename(columns=title_of).rename_axis("").reset_index()
-        explanation = """p values: Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after \
-Benjamini and Hochberg within each metric. Replicates are trainings on the same people (folds: on overlapping parts of \
-them, so that they are not independent): a small p speaks of training, not of new people."""
-        text += ["## Tests", explanation, markdown(cells)]
+        text += ["## Tests", TESTS, markdown(tests.reset_index())]
     write_text(out / "comparison.md", "\n\n".join(text))
     print("\n\n".join(text) + f"\n\nresults: {out}/")
 

@@ -31,7 +31,7 @@ from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
 from deeplcms import RUN_SUFFIXES, SPLITS, InputError, Parser, figure, run_script, write_json, write_table
-from deeplcms import called_class, colours, find_pictures, find_runs, first_line, picture_of_run
+from deeplcms import called_class, check_recipe, colours, files_of, find_pictures, first_line, picture_of_run
 from deeplcms import read_picture, read_table, read_text
 from train import DEVICE, evaluation_transform, find_run, load_run, to_channels_first
 
@@ -169,19 +169,20 @@ def faithfulness(scores, u, maps, k, seed):
 
     The control shuffles each map's cells (16 on a side): as much of the picture remains, in other places.
     """
-    maps = resized(torch.from_numpy(maps).float(), u.shape[2:])
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    maps = ((maps - low) / (high - low).clamp(min=1e-12))[:, None]
-    cell = max(1, u.shape[-1] // 16)
-    cells = F.unfold(maps, cell, stride=cell)  # (N, pixels, cells)
-    order = torch.randperm(cells.shape[2], generator=torch.Generator().manual_seed(seed))
-    control = F.fold(cells[..., order], u.shape[-1] // cell * cell, cell, stride=cell)
-    whole = torch.cat([scores.probabilities(batch)[:, k] for batch in batches_of(u, "faithfulness")])
-    result = {}
-    for name, mask in (("map", maps), ("random_map", F.interpolate(control, u.shape[2:]))):
-        seen = torch.cat([scores.probabilities(batch)[:, k] for batch in batches_of(u * mask, "faithfulness")])
-        drop = (torch.relu(whole - seen) / whole).mean().item()
-        result[name] = {"avg_drop": drop, "conf_increase": (seen > whole).double().mean().item()}
+    maps = resized(torch.from_numpy(maps).float(), (256, 256))
+    maps = (maps - maps.amin((1, 2), True)) / (maps.amax((1, 2), True) - maps.amin((1, 2), True)).clamp(min=1e-12)
+    cells = F.unfold(maps[:, None], 16, stride=16)  # (N, pixels, cells)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(seed))
+    control = F.fold(cells[..., order], 256, 16, stride=16)[:, 0]
+
+    def probability(u):
+        return torch.cat([scores.probabilities(batch)[:, k].cpu() for batch in batches_of(u, "faithfulness")])
+
+    whole, result = probability(u), {}
+    for name, mask in (("map", maps), ("random_map", control)):
+        seen = probability(u * resized(mask, u.shape[2:])[:, None])
+        drop, rises = torch.relu(whole - seen) / whole, (seen > whole).double()
+        result[name] = {"avg_drop": drop.mean().item(), "conf_increase": rises.mean().item()}
     return result
 
 
@@ -388,13 +389,12 @@ def overlay(path, evidence, table, recipe, title, n_names=10):
 def read_input(files, recipe):
     """Table (sample_name, phenotype) and pictures [uint8 (height, width, 3)] of raw runs, PNGs, or folders of runs."""
     rows, pictures = [], []
-    for path in [path for f in map(Path, files) for path in (find_runs(f).values() if f.is_dir() else [f])]:
+    for path in files_of(files):
         phenotype = ""
         if path.name.lower().endswith(RUN_SUFFIXES):
             pictures.append(picture_of_run(path, recipe)[0])
         else:
-            if differences := read_text(path)[1].differences(recipe):
-                raise InputError(f"{path}: not the kind of picture that the run was trained with: {differences}")
+            check_recipe(read_text(path)[1], recipe, path)
             pictures.append(read_picture(path))
             phenotype = path.resolve().parent.name
         rows.append({"sample_name": path.name.partition(".")[0], "phenotype": phenotype})
@@ -417,8 +417,7 @@ def explain(args):
         table, pictures = read_input(args.input, recipe)
     else:
         table, found = find_pictures(data, (args.split,))
-        if differences := found.differences(recipe):
-            raise InputError(f"{data}: not the kind of pictures that the run was trained with: {differences}")
+        check_recipe(found, recipe, data)
         table = table[~table["copy"]].reset_index(drop=True)
         pictures = [read_picture(path) for path in table["path"]]
     features = args.features or (Path(data) / "features.csv" if (Path(data) / "features.csv").exists() else None)

@@ -41,7 +41,7 @@ import pandas as pd
 import timm
 import torch
 import torch.distributed as dist
-from optuna.visualization.matplotlib import plot_optimization_history, plot_param_importances
+from optuna.visualization.matplotlib import plot_optimization_history
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 from torch.nn import functional as F
@@ -449,10 +449,11 @@ def train_batch(network, optimizer, scaler, x, y, args):
 
 
 @torch.inference_mode()
-def predict(model, loader):
-    """[(logits, labels)] of the batches of a loader, on the CPU."""
+def predict(model, loader, args=None):
+    """[(logits, labels)] of the batches of a loader, on the CPU; with the arguments of a training in its precision."""
     model.eval()
-    return [(model(x.to(DEVICE, non_blocking=True)).float().cpu(), y) for x, y in loader]
+    with autocast(args) if args else contextlib.nullcontext():
+        return [(model(x.to(DEVICE, non_blocking=True)).float().cpu(), y) for x, y in loader]
 
 
 def collect(outputs):
@@ -505,11 +506,8 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
         for x, y in progress(loaders["train"], f"epoch {epoch}/{args.epochs}"):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
 
-        with autocast(args):
-            held_out = predict(model, loaders["val"])
-
         row = {"epoch": epoch}
-        for split, batches in (("train", outputs), ("val", held_out)):
+        for split, batches in (("train", outputs), ("val", predict(model, loaders["val"], args))):
             logits, labels = collect(batches)
             row[f"{split}_loss"] = loss_of(logits, labels).item()
             row |= {f"{split}_{name}": float(value) for name, value in metrics_of(labels.numpy(), logits).items()}
@@ -613,8 +611,7 @@ def classes_of(pictures, positive=None):
         raise InputError(f"--positive {positive!r} is not one of {', '.join(classes)}")
     for split, row in counts.iterrows():
         if row.min() == 0:
-            absent = first_few(row.index[row == 0])
-            raise InputError(f"the {split} split has no picture of {absent}")
+            raise InputError(f"the {split} split has no picture of {first_few(row.index[row == 0])}")
     return sorted(classes, key=lambda name: name == positive)
 
 
@@ -736,14 +733,15 @@ def draw_transformed(run, originals, model, recipe, args):
     """Article, Figure 4: training pictures as the network sees them in its first epoch."""
     shown = originals.iloc[:: max(1, len(originals) // 9)].head(9).assign(label=0)
     seen = Pictures(shown, training_transform(model, recipe, args), args.seed)
-    with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6)) as axes:
-        axes.axis("off")  # one for all pictures: this is drawn for every fold
-        for k, row in enumerate(shown.itertuples()):
-            image = seen[k, 1][0].permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
-            left, top = 1.05 * (k % 3), 1.1 * (k // 3)
-            axes.imshow(image.clip(0, 1), extent=(left, left + 1, top + 1, top))
-            axes.text(left + 0.5, top - 0.02, f"{row.sample_name[:24]} ({row.phenotype})", ha="center", fontsize=9)
-        axes.set(xlim=(0, 3.1), ylim=(3.2, 0))
+    with figure(
+        run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6), nrows=3, ncols=3
+    ) as axes:
+        for k, axis in enumerate(axes.flat):
+            axis.axis("off")
+            if k < len(shown):
+                image = seen[k, 1][0].permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
+                axis.imshow(image.clip(0, 1))
+                axis.set_title(f"{shown['sample_name'].iloc[k][:24]} ({shown['phenotype'].iloc[k]})", fontsize=9)
 
 
 # ---------------------------------------------------------------- tuning
@@ -759,22 +757,18 @@ class EveryCombination(optuna.samplers.RandomSampler):
 
 
 def tune(args, pictures, recipe, store):
-    """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"): trials.csv and two figures.
+    """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"): trials.csv and its history.
 
     The objective is the best validation loss of a trial, not the last. Trials are pruned at the median and write no
     checkpoints. Any number of processes with the same command and --storage share the work; trials beyond all
     combinations take them again with another seed.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder = run_folder(args).parent / "tune"
-    folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(args, folder, settings_of(args, pictures, recipe))
 
     def objective(trial):
         chosen = {name: trial.suggest_categorical(name, values) for name, values in SEARCH.items()}
         say(f"trial {trial.number}: {chosen}")
-        seed = args.seed + trial.number // len(EveryCombination.combinations)
-        trial_args = argparse.Namespace(**vars(args) | chosen | {"seed": seed})
+        chosen["seed"] = args.seed + trial.number // len(EveryCombination.combinations)
+        trial_args = argparse.Namespace(**vars(args) | chosen)
         model, loaders, _ = prepare(trial_args, pictures, recipe, store)
 
         def report(row):
@@ -790,34 +784,34 @@ def tune(args, pictures, recipe, store):
             raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
         return best_of(history)["val_loss"]
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = run_folder(args).parent / "tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    question = {k: value for k, value in settings_of(args, pictures, recipe).items() if k not in SEARCH} | SEARCH
+    study = open_study(args, folder, f"{args.backbone}-{zlib.crc32(json.dumps(question).encode()):08x}")
     done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     if len(study.get_trials(states=done)) < args.tune:
         study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(args.tune, states=done)])
     if not study.get_trials(states=done[:1]):
         raise InputError("--tune: no trial came to its end; try a lower --lr")
     write_table(folder / "trials.csv", study.trials_dataframe())
-    for plot in (plot_optimization_history, plot_param_importances):
-        with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # too few trials to say anything
-            with whole_file(folder / f"{plot.__name__.removeprefix('plot_')}.png") as temporary:
-                plot(study).figure.savefig(temporary, dpi=150, bbox_inches="tight")
+    with whole_file(folder / "history.png") as temporary:
+        plot_optimization_history(study).figure.savefig(temporary, dpi=150, bbox_inches="tight")
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in study.best_params.items())
     say(f"{len(study.trials)} trials in {folder}; best validation loss {study.best_value:.3f}: train it with {flags}")
 
 
-def open_study(args, folder, settings):
-    """The study of these settings in the database of --storage, made if it is not there."""
-    question = json.dumps([{name: value for name, value in settings.items() if name not in SEARCH}, SEARCH])
-    name = f"{args.backbone}-{zlib.crc32(question.encode()):08x}"
-    options = {"sampler": EveryCombination(), "load_if_exists": True}
+def open_study(args, folder, name):
+    """The study of that name in the database of --storage, made if it is not there."""
+    options = {"storage": args.storage or f"sqlite:///{folder}/study.db", "sampler": EveryCombination()}
     options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5))
-    storage = args.storage or f"sqlite:///{folder}/study.db"
     for attempt in range(5):
         try:
-            return optuna.create_study(storage=storage, study_name=name, **options)
+            return optuna.create_study(study_name=name, load_if_exists=True, **options)
         except Exception as error:  # of Optuna and of each kind of database
             reason = first_line(error)
             time.sleep(attempt / 2)  # two processes that make one database at once get in each other's way
-    raise InputError(f"--storage {storage}: {reason}")
+    raise InputError(f"--storage {options['storage']}: {reason}")
 
 
 # ---------------------------------------------------------------- command line

@@ -176,7 +176,7 @@ def benchmark_views(args):
 
         def training(*more):
             """Seconds of one command, start included."""
-            command = [sys.executable, root / "train.py", *flags, "--name", "-".join(map(str, more)), *more]
+            command = [sys.executable, root / "train.py", *flags, "--name", "".join(map(str, more)).strip("-"), *more]
             return seconds(lambda: subprocess.run([*map(str, command)], check=True, capture_output=True))
 
         settings, *_ = train.trainings_of(train.parse_arguments([*map(str, flags), "--views", "4"]))

@@ -216,10 +216,10 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     assert table["notes"].tolist()[:4] == ["", "no network, pixels only", "random initialisation", ""]
     assert "shuffled" in table["notes"]["vgg11"]
     text = (tmp_path / "golestan/comparison.md").read_text()
-    header = next(line for line in text.splitlines() if line.startswith("| backbone"))
-    columns = ["backbone", "parameters (M)", "best epoch", "train loss", "validation loss"]
-    columns += ["accuracy", "F1", "precision", "recall", "time (s)"]
-    assert [cell.strip() for cell in header.strip("|").split("|")][:10] == columns
+    header = next(line for line in text.splitlines() if line.startswith("| data set"))
+    columns = ["data set", "backbone", "parameters millions", "best epoch", "train loss", "val loss"]
+    columns += ["val accuracy", "val F1", "val precision", "val recall", "seconds"]
+    assert [cell.strip() for cell in header.strip("|").split("|")][:11] == columns
     assert "Kruskal" not in text  # no replicates, no tests
 
 
