@@ -214,6 +214,13 @@ def find_pictures(data_dir, splits=SPLITS):
     return pictures, first["recipe"]
 
 
+def in_turn(pictures, n, seed):
+    """n rows for a figure, drawn at random with the seed, phenotypes in turn."""
+    drawn = pictures.sample(frac=1, random_state=seed)
+    turn = drawn.groupby("phenotype").cumcount()
+    return drawn.loc[turn.sort_values(kind="stable").index].head(n)
+
+
 def check_recipe(recipe, expected, path):
     """Refuse pictures of another kind: on other axes the same pixel is another compound."""
     pairs = [(field.name, getattr(recipe, field.name), getattr(expected, field.name)) for field in fields(recipe)]
@@ -405,3 +412,11 @@ def figure(path, title, size, **subplots):
     yield axes
     with whole_file(path) as temporary:
         drawing.savefig(temporary, dpi=150)
+
+
+def label_axes(axes):
+    """Retention time and m/z, for a figure of pictures."""
+    for axis in axes.flat:
+        axis.set_axis_on() if axis.images else axis.set_axis_off()
+    axes.flat[0].figure.supxlabel("retention time (min)")
+    axes.flat[0].figure.supylabel("m/z")

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, figure, number_or, run_script, write_json, write_table, write_text
-from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, label_of, metrics_of
-from deeplcms import picture_of_run, probabilities_of, read_picture
+from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, in_turn
+from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, read_picture
 from train import DEVICE, Pictures, collect, evaluation_transform, find_run, load_run, predict
 
 RESAMPLES, SEED = 2000, 2643
@@ -36,7 +36,7 @@ Hochberg within each metric. Replicates are trainings on the same people (folds:
 they are not independent): a small p speaks of training, not of new people."""
 
 
-def title_of(name):
+def words(name):
     """'val_roc_auc' -> 'val ROC AUC'"""
     return name.replace("_", " ").replace("roc auc", "ROC AUC").replace("f1", "F1").replace("index", "")
 
@@ -44,13 +44,17 @@ def title_of(name):
 def cautions(config):
     """What every table and title that quotes a run must say about it; an ordinary run gives an empty list."""
     notes = []
-    if config["settings"]["backbone"] == "pixels":
-        notes.append("no network, pixels only")
-    elif config["weights_origin"] == "random initialisation":
-        notes.append("random initialisation")
+    if config["weights_origin"] in ("no network", "random initialisation"):
+        notes.append(config["weights_origin"])
     if config["settings"]["shuffle_labels"]:
         notes.append("trained on shuffled labels")
     return notes
+
+
+def title_of(checkpoint, what):
+    """'mobileone_s3 on golestan, test split; random initialisation'; "; " breaks the title of a figure."""
+    config = checkpoint["config"]
+    return "; ".join([f"{config['settings']['backbone']} on {what}", *cautions(config)])
 
 
 # ---------------------------------------------------------------- one run: pictures -> logits -> metrics
@@ -58,15 +62,16 @@ def cautions(config):
 
 def held_out(checkpoint, data, split):
     """Pictures of one split without copies, with their labels; InputError unless they are of the run's kind."""
-    config, settings = checkpoint["config"], checkpoint["config"]["settings"]
+    settings, classes = checkpoint["config"]["settings"], checkpoint["config"]["classes"]
     if settings["fold"] is not None and split != "test" and data is None:
         raise InputError(f"this run is a fold of train and val together and has seen most of {split}")
-    pictures, recipe = find_pictures(data or settings["data"], (split,))
-    check_recipe(recipe, checkpoint["recipe"], data or settings["data"])
-    if unknown := set(pictures["phenotype"]) - set(config["classes"]):
-        raise InputError(f"phenotype {first_few(unknown)} is none of the run's classes: {', '.join(config['classes'])}")
+    data = data or settings["data"]
+    pictures, recipe = find_pictures(data, (split,))
+    check_recipe(recipe, checkpoint["recipe"], data)
+    if unknown := set(pictures["phenotype"]) - set(classes):
+        raise InputError(f"{data}: {first_few(unknown)} is none of the run's classes, {', '.join(classes)}")
     pictures = pictures[~pictures["copy"]].reset_index(drop=True)
-    return pictures.assign(label=label_of(pictures, config["classes"]))
+    return pictures.assign(label=label_of(pictures, classes))
 
 
 def logits_of(model, pictures):
@@ -123,7 +128,7 @@ def evaluate(run, data=None, split="test", threshold=0.5, out=None):
     if threshold == "val" and split == "val":
         raise InputError("--threshold val with --split val would choose and judge on the same pictures")
     model, checkpoint = load_run(run)
-    config, classes = checkpoint["config"], checkpoint["config"]["classes"]
+    classes = checkpoint["config"]["classes"]
     pictures = held_out(checkpoint, data, split)
     threshold, rule = choose_threshold(model, checkpoint, threshold)
     labels, logits = pictures["label"].to_numpy(), logits_of(model, pictures)
@@ -132,19 +137,19 @@ def evaluate(run, data=None, split="test", threshold=0.5, out=None):
     confusion = confusion_of(labels, called, len(classes))
     table = judge(labels, logits, threshold)
 
-    data_set = Path(data).resolve().name if data else config["data_set"]
-    own = run if split == "test" and not data else run / f"{data_set}-{split}"
-    folder = Path(out) if out else own
+    data_set = Path(data).resolve().name if data else checkpoint["config"]["data_set"]
+    default = run if split == "test" and not data else run / f"{data_set}-{split}"
+    folder = Path(out or default)
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"{config['settings']['backbone']} on {data_set}, {split} split, {len(labels)} pictures"
-    title = "; ".join([title, *cautions(config)])
-    contents = {"run": str(run), "data": str(data or config["settings"]["data"]), "split": split, "title": title}
-    contents |= {"threshold": threshold, "rule": rule, "classes": classes, "confusion": confusion.tolist()}
+    title = title_of(checkpoint, f"{data_set}, {split} split, {len(labels)} pictures")
+    metrics = table.astype(object).where(table.notna(), None).to_dict("index")
+    contents = {"title": title, "run": str(run), "split": split, "threshold": threshold, "rule": rule}
+    contents |= {"classes": classes, "confusion": confusion.tolist(), "metrics": metrics}
     if len(classes) == 2:
         contents |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
-    contents["metrics"] = table.astype(object).where(table.notna(), None).to_dict("index")
     write_json(folder / "metrics.json", contents)
-    predictions = pictures[["sample_name", "group", "phenotype"]].assign(called=[classes[k] for k in called])
+    predictions = pictures[["sample_name", "group", "phenotype"]].copy()
+    predictions["called"] = [classes[k] for k in called]
     predictions["right"] = np.where(called == labels, "yes", "no")
     for name, p in zip(classes, probabilities.T, strict=True):
         predictions[f"probability_{name}"] = p
@@ -154,12 +159,11 @@ def evaluate(run, data=None, split="test", threshold=0.5, out=None):
     draw_roc(folder / "roc.png", labels, probabilities, confusion, table.loc["roc_auc"], classes, title)
     draw_calibration(folder / "calibration.png", labels, probabilities, classes, title)
     draw_prediction_matrix(folder / "prediction_matrix.png", pictures, probabilities, called, checkpoint, title)
-    print(f"{title}\nrun {run}, epoch {checkpoint['epoch']}, {config['weights_origin']}\n{rule}")
+    print(f"{title}\nrun {run}, epoch {checkpoint['epoch']}\n{rule}")
     if (fewest := confusion.sum(1).min()) < 10:
         print(f"only {fewest} pictures of some class: an interval of so few is too narrow to be believed")
     print(f"\n{pd.DataFrame(confusion, classes, classes).rename_axis('true / called')}\n")
-    shown = table.rename(title_of).rename(columns={"low": "95 % from", "high": "to"})
-    print(shown.to_string(float_format="{:.3f}".format, na_rep="undefined"))
+    print(table.rename(words).to_string(float_format="{:.3f}".format, na_rep="undefined"))
     print(f"\nresults: {folder}/")
 
 
@@ -227,28 +231,20 @@ def draw_calibration(path, labels, probabilities, classes, title):
 
 
 def draw_prediction_matrix(path, pictures, probabilities, called, checkpoint, title):
-    """Article, Figure 5: nine pictures, classes in turn, drawn at random with a fixed seed; green is right."""
+    """Article, Figure 5: nine pictures, phenotypes in turn; green is right."""
     classes, recipe = checkpoint["config"]["classes"], checkpoint["recipe"]
-    drawn = pictures.sample(frac=1, random_state=SEED)
-    turn = drawn.groupby("phenotype").cumcount()
-    chosen = drawn.loc[turn.sort_values(kind="stable").index].head(9)
-    n_rows = math.ceil(len(chosen) / 3)
-    size = (10, 1.2 + 3.1 * n_rows)
-    with figure(path, title, size, nrows=n_rows, ncols=3, sharex=True, sharey=True, squeeze=False) as axes:
-        for ax in axes.flat[len(chosen) :]:
-            ax.set_axis_off()
-        for ax, row in zip(axes.flat, chosen.itertuples(), strict=False):
+    with figure(path, title, (10, 10.5), nrows=3, ncols=3, sharex=True, sharey=True) as axes:
+        for axis, row in zip(axes.flat, in_turn(pictures, 9, SEED).itertuples(), strict=False):
             k = 1 if len(classes) == 2 else called[row.Index]
             right = called[row.Index] == row.label
             colour = "#1a8a3a" if right else "#d62728"
-            ax.imshow(read_picture(row.path), extent=recipe.extent(), aspect="auto")
+            axis.imshow(read_picture(row.path), extent=recipe.extent(), aspect="auto")
             text = f"{row.sample_name[:30]}: P({classes[k]}) = {probabilities[row.Index, k]:.3f}"
             text += f"\ntrue phenotype: {row.phenotype} ({'right' if right else 'wrong'})"
-            ax.set_title(text, color=colour, fontsize=10)
-            for spine in ax.spines.values():
+            axis.set_title(text, color=colour, fontsize=10)
+            for spine in axis.spines.values():
                 spine.set(color=colour, linewidth=4)
-        axes[0, 0].figure.supxlabel("retention time (min)")
-        axes[0, 0].figure.supylabel("m/z")
+        label_axes(axes)
 
 
 # ---------------------------------------------------------------- new raw runs
@@ -285,7 +281,7 @@ def predict_files(run, files, threshold=0.5, out=None):
     if out and Path(out).exists():
         raise InputError(f"--out {out} exists already; give another name")
     model, checkpoint = load_run(run)
-    config, classes = checkpoint["config"], checkpoint["config"]["classes"]
+    classes = checkpoint["config"]["classes"]
     transform = evaluation_transform(model.image_size, model.mean, model.std)
     threshold, rule = choose_threshold(model, checkpoint, threshold)
     rows, failures = [], []
@@ -301,12 +297,11 @@ def predict_files(run, files, threshold=0.5, out=None):
         row = {"file": str(path), "called": classes[called_class(p, threshold)[0]]}
         row |= {f"probability_{name}": value for name, value in zip(classes, p[0], strict=True)}
         rows.append(row | {"warning": warnings_of(statistics, checkpoint["cohort"])})
-    title = "; ".join(
-        [f"{config['settings']['backbone']} trained on {config['data_set']} (run {run})", *cautions(config)]
-    )
-    print(f"{title}\n{rule}\n\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.4f}'.format)}")
+    table = pd.DataFrame(rows)
+    print(f"{title_of(checkpoint, checkpoint['config']['data_set'])}\n{rule}\n")
+    print(table.to_string(index=False, float_format="{:.4f}".format))
     if out:
-        write_table(out, pd.DataFrame(rows))
+        write_table(out, table)
     for failure in failures:
         print(f"left out: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -391,14 +386,14 @@ def draw_replicates(path, replicates, metrics):
             ax.barh(ticks, medians, xerr=deviations, color="lightsteelblue", capsize=3, height=0.65)
             for y, group in enumerate(values):
                 ax.plot(group, [y] * len(group), "o", color="black", markersize=3.5, alpha=0.7)
-            ax.set_xlabel(title_of(name))
+            ax.set_xlabel(words(name))
             ax.spines[["top", "right"]].set_visible(False)
         axes[0, 0].invert_yaxis()
 
 
 def markdown(table):
     """A DataFrame as a Markdown table, its columns aligned."""
-    rows = [[title_of(name) for name in table.columns]]
+    rows = [[words(name) for name in table.columns]]
     rows += [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.to_numpy()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -413,7 +408,7 @@ def compare(runs, out=None):
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns=["folder", "settings"]))
     columns = ["data_set", "backbone", "parameters_millions", "best_epoch", "train_loss", *metrics]
-    shown = table[[*columns, "seconds", "seed", "fold", "notes"]].rename(columns=title_of)
+    shown = table[[*columns, "seconds", "seed", "fold", "notes"]].rename(columns=words)
     text = [f"# {len(table)} runs", "The best epoch by validation loss, sorted by it.", markdown(shown)]
     if replicates := replicates_of(table):
         medians = pd.DataFrame({label: rows[metrics].median() for label, rows in replicates.items()}).T

@@ -30,13 +30,13 @@ from torch.nn import functional as F
 from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
-from deeplcms import RUN_SUFFIXES, SPLITS, InputError, Parser, figure, run_script, write_json, write_table
-from deeplcms import called_class, check_recipe, colours, files_of, find_pictures, first_line, picture_of_run
+from deeplcms import RUN_SUFFIXES, SPLITS, InputError, Parser, figure, label_axes, run_script, write_json, write_table
+from deeplcms import called_class, check_recipe, colours, files_of, first_line, in_turn, picture_of_run
 from deeplcms import read_picture, read_table, read_text
+from evaluate import held_out, title_of
 from train import DEVICE, evaluation_transform, find_run, load_run, to_channels_first
 
 BATCH = 16
-EVIDENCE = {"cmap": "YlOrRd", "vmin": 0}  # its colours in every figure
 
 
 def batches_of(u, title):
@@ -268,7 +268,7 @@ def rank_features(table, evidence, heats, recipe):
 
 @torch.inference_mode()
 def blanking(scores, u, k, table, recipe):
-    """Drop of score k, mean over the pictures u and its standard error, (F,) each, when a feature's box is blank.
+    """Table of the drop of score k, mean over the pictures u and its standard error, when a feature's box is blank.
 
     The box reaches twice the width of the picture's own filter to each side.
     """
@@ -280,12 +280,12 @@ def blanking(scores, u, k, table, recipe):
         return torch.cat([scores(batch.to(DEVICE))[:, k].cpu() for batch in u.split(2 * BATCH)])
 
     whole, drops = score(u), []
-    places = zip(*recipe.to_fraction(table["rt"], table["mz"]), strict=True)
-    for x, y in tqdm(list(places), desc="blanking", unit="feature", disable=None, leave=False):
+    for row in tqdm(list(table.itertuples()), desc="blanking", unit="feature", disable=None, leave=False):
+        x, y = recipe.to_fraction(row.rt, row.mz)
         box = ((at - y).abs() <= half_y)[:, None] & ((at - x).abs() <= half_x)
-        drops.append(whole - score(u.masked_fill(box, 0)))
-    drops = pd.DataFrame(torch.stack(drops).numpy())  # (feature, picture)
-    return drops.mean(axis=1).to_numpy(), drops.sem(axis=1).to_numpy()
+        drop = whole - score(u.masked_fill(box, 0))
+        drops.append((drop.mean().item(), drop.std().item() / len(u) ** 0.5))
+    return pd.DataFrame(drops, index=table.index, columns=["drop", "drop_se"])
 
 
 # ---------------------------------------------------------------- regions and figures
@@ -321,39 +321,28 @@ def intensity_of(rgb, recipe):
 
 def cam_grid(path, shown, pictures, maps, recipe, title):
     """Article Figure 6: pictures with their phenotype and probability, map over picture."""
-    columns = math.ceil(math.sqrt(len(shown)))
-    rows = math.ceil(len(shown) / columns)
-    grid = {"nrows": rows, "ncols": columns, "sharex": True, "sharey": True, "squeeze": False}
-    with figure(path, title, (max(6, 3.4 * columns + 0.6), 3 * rows + 0.6), **grid) as axes:
+    n = math.ceil(math.sqrt(len(shown)))
+    size = (3.4 * n + 1, 3 * n + 1)
+    with figure(path, title, size, nrows=n, ncols=n, sharex=True, sharey=True, squeeze=False) as axes:
         for axis, row in zip(axes.flat, shown.itertuples(), strict=False):
             show(axis, intensity_of(pictures[row.Index], recipe), recipe, cmap="gray")
             map_ = maps[row.Index]
             heat = np.sqrt((map_ - map_.min()) / (np.ptp(map_) or 1))  # the root shows weaker spots, too
             show(axis, heat, recipe, cmap="inferno", alpha=np.clip(0.15 + heat, 0, 0.9), vmin=0, vmax=1)
-            axis.set_title(f"{row.sample_name}: {row.phenotype or 'unlabelled'}\n{row.caption}", fontsize=9)
-        for axis in axes.flat[len(shown) :]:
-            axis.axis("off")
-        axes[0, 0].figure.supxlabel("retention time (min)")
-        axes[0, 0].figure.supylabel("m/z")
+            axis.set_title(f"{row.sample_name}: {row.phenotype}\n{row.caption}", fontsize=9)
+        label_axes(axes)
 
 
 def class_maps(path, heats, evidence, recipe, title):
-    """Mean heat of each group of pictures on one scale, their difference, and the evidence."""
+    """Mean heat of the pictures of each phenotype, on one scale, and the evidence."""
     highest = max(heat.max() for heat in heats.values()) or 1
-    panels = {
-        f"mean heat, {name}": (heat, {"cmap": "inferno", "vmin": 0, "vmax": highest}) for name, heat in heats.items()
-    }
-    if len(heats) == 2:
-        difference = np.subtract(*heats.values())
-        limit = np.quantile(np.abs(difference), 0.999) or 1
-        panels[" - ".join(heats)] = difference, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-    panels["evidence, smoothed"] = evidence, EVIDENCE | {"vmax": np.quantile(evidence, 0.999) or 1}
-    rows = math.ceil(len(panels) / 2)
-    with figure(path, title, (10.5, 4.2 * rows), nrows=rows, ncols=2, squeeze=False) as axes:
-        for axis, (name, (map_, options)) in zip(axes.flat, panels.items(), strict=False):
-            axis.figure.colorbar(show(axis, map_, recipe, **options), ax=axis)
+    panels = [(f"mean heat, {name}", heat, {"cmap": "inferno", "vmax": highest}) for name, heat in heats.items()]
+    panels.append(("evidence, smoothed", evidence, {"cmap": "YlOrRd", "vmax": np.quantile(evidence, 0.999) or 1}))
+    with figure(path, title, (5 * len(panels), 4.6), ncols=len(panels), sharey=True, squeeze=False) as axes:
+        for axis, (name, map_, options) in zip(axes.flat, panels, strict=True):
+            axis.figure.colorbar(show(axis, map_, recipe, vmin=0, **options), ax=axis)
             axis.set_title(name, fontsize=10)
-            axis.set(xlabel="retention time (min)", ylabel="m/z")
+        label_axes(axes)
 
 
 def overlay(path, evidence, table, recipe, title, n_names=10):
@@ -362,7 +351,7 @@ def overlay(path, evidence, table, recipe, title, n_names=10):
     Names stand in a column beside the map, in the order of m/z, each joined to its point: they cannot overlap.
     """
     with figure(path, title, (11, 6.5)) as axis:
-        shown = show(axis, evidence, recipe, **EVIDENCE, vmax=np.quantile(evidence, 0.999) or 1)
+        shown = show(axis, evidence, recipe, cmap="YlOrRd", vmin=0, vmax=np.quantile(evidence, 0.999) or 1)
         axis.figure.colorbar(shown, ax=axis, label="evidence, smoothed", location="bottom", shrink=0.9, aspect=40)
         first = table.head(n_names).sort_values("mz").reset_index(drop=True)
         circle = {"linestyle": "", "marker": "o", "markerfacecolor": "none"}
@@ -404,75 +393,62 @@ def read_input(files, recipe):
 def explain(args):
     run = find_run(args.run)
     model, checkpoint = load_run(run)
-    config, recipe, classes = checkpoint["config"], checkpoint["recipe"], checkpoint["config"]["classes"]
+    settings, recipe, classes = checkpoint["config"]["settings"], checkpoint["recipe"], checkpoint["config"]["classes"]
     class_name = args.class_name or classes[-1]
     if class_name not in classes:
         raise InputError(f"--class {class_name!r} is not one of {', '.join(classes)}")
-    k, layers, data = (
-        classes.index(class_name),
-        choose_layers(model, args.layers),
-        args.data or config["settings"]["data"],
-    )
+    k, layers = classes.index(class_name), choose_layers(model, args.layers)
     if args.input:
         table, pictures = read_input(args.input, recipe)
     else:
-        table, found = find_pictures(data, (args.split,))
-        check_recipe(found, recipe, data)
-        table = table[~table["copy"]].reset_index(drop=True)
+        table = held_out(checkpoint, args.data, args.split)
         pictures = [read_picture(path) for path in table["path"]]
-    features = args.features or (Path(data) / "features.csv" if (Path(data) / "features.csv").exists() else None)
-    if features:  # before the work: a bad table should not cost two minutes
+    features = args.features or Path(args.data or settings["data"]) / "features.csv"
+    if args.features or args.query or features.exists():  # before the work: a bad table should not cost two minutes
         print(f"features: {features}")
         features = read_features(features, args.query)
-    elif args.query:
-        raise InputError("--query needs --features")
+    else:
+        features = None
 
     scores = Scores(model, recipe).to(DEVICE).eval()
     transform = evaluation_transform(model.image_size, model.mean, model.std)
-    u = [transform(torch.from_numpy(rgb).permute(2, 0, 1).contiguous()) - scores.zero.cpu() for rgb in pictures]
-    u = torch.stack(u).contiguous()  # (N, 3, size, size)
+    u = torch.stack([transform(torch.from_numpy(rgb).permute(2, 0, 1).contiguous()) for rgb in pictures])
+    u = (u - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
     p = torch.cat([scores.probabilities(batch).detach().cpu() for batch in batches_of(u, "classifying")]).numpy()
     called = called_class(p)
     if len(set(called)) == 1:
         print(f"all are called {classes[called[0]]}: evidence is what differs from a blank picture, not covariance")
     table["caption"] = [f"P({class_name}) = {value:.2f}" for value in p[:, k]]
-    known = table["phenotype"].isin(classes)  # a run that nobody labelled counts as what it is called
-    of_class = np.where(known, table["phenotype"] == class_name, called == k)
-    other = classes[1 - k] if len(classes) == 2 else f"not {class_name}"
-    groups = {name: chosen for name, chosen in ((class_name, of_class), (other, ~of_class)) if chosen.any()}
+    unknown = ~table["phenotype"].isin(classes)  # a run that nobody labelled counts as what it is called
+    table.loc[unknown, "phenotype"] = [classes[c] for c in called[unknown]]
 
     shape = recipe.bins[::-1]  # (n_mz, n_rt)
     maps = heat_maps(scores, layers, u, k, shape)
-    heats = {name: maps[chosen].mean(0) for name, chosen in groups.items()}
+    heats = {name: maps[rows].mean(0) for name, rows in table.groupby("phenotype").indices.items()}
     evidence = evidence_map(scores, u, k)
     if evidence.max() < 1e-9:  # the demo's has 0.03
         print(f"warning: the evidence is {evidence.max():.1g} at most: the network answers to nothing, this is noise")
     # As weights of a sum the pixels stay as they are; for the eye they are spread as wide as a peak.
-    smooth = ndimage.gaussian_filter(
-        resized(torch.from_numpy(evidence)[None], shape)[0].numpy(), 1.5 * max(recipe.sigma, 1)
-    )
+    smooth = resized(torch.from_numpy(evidence)[None], shape)[0].numpy()
+    smooth = ndimage.gaussian_filter(smooth, 1.5 * max(recipe.sigma, 1))
 
     out = Path(args.out or run / "explain")
     out.mkdir(parents=True, exist_ok=True)
     method = f"LayerCAM at {', '.join(layers)}" if layers else "Gradient x picture"
-    title = f"{config['settings']['backbone']} ({config['weights_origin']}), class '{class_name}'"
-    drawn = table.sample(frac=1, random_state=args.seed)
-    drawn = drawn.loc[drawn.groupby(of_class[drawn.index]).cumcount().sort_values(kind="stable").index].head(args.n)
-    grid_title = f"{method}, each from its minimum to its maximum; {title}"
-    cam_grid(out / "cam_grid.png", drawn, pictures, maps, recipe, grid_title)
+    title = title_of(checkpoint, f"{checkpoint['config']['data_set']}, class '{class_name}'")
+    cam_grid(out / "cam_grid.png", in_turn(table, args.n, args.seed), pictures, maps, recipe, f"{method}; {title}")
     class_maps(out / "class_maps.png", heats, smooth, recipe, f"{method}, and evidence; {title}")
     write_table(out / "regions.csv", regions(smooth, recipe))
-    result = {"class": class_name, "layers": list(layers), "pictures": int((called == k).sum())}
-    if result["pictures"]:
-        result |= faithfulness(scores, u[called == k], maps[called == k], k, args.seed)
+    called_so = called == k
+    result = {"class": class_name, "layers": list(layers), "pictures": int(called_so.sum())}
+    if called_so.any():
+        result |= faithfulness(scores, u[called_so], maps[called_so], k, args.seed)
     write_json(out / "faithfulness.json", result)
     if features is not None:
         ranking = rank_features(features, evidence, heats, recipe)
-        top = ranking.head(args.top)
-        drop, error = blanking(scores, u[of_class] if of_class.any() else u, k, top, recipe)
-        at = ranking.columns.get_loc("evidence") + 1
-        ranking.insert(at, "drop", pd.Series(drop, top.index))
-        ranking.insert(at + 1, "drop_se", pd.Series(error, top.index))
+        of_class = (table["phenotype"] == class_name).to_numpy()
+        drops = blanking(scores, u[of_class] if of_class.any() else u, k, ranking.head(args.top), recipe)
+        ranking = ranking.join(drops)
         write_table(out / "features.csv", ranking)
         columns = ["rank", "rt", "mz", "evidence", "drop", "drop_se", "name"]
         print(ranking[columns].head(10).to_string(index=False, float_format="{:.4g}".format))

@@ -133,7 +133,7 @@ def test_other_axes_other_classes_and_moved_data_are_refused_with_the_reason(two
     assert run(*coarse, "--bins", 12, "--sigma", 1, "--normalize", "global", cwd=tmp_path) == (0, "")
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
     for run_, flags, words in (
-        (folder, ["--data", three[0]], "phenotype a, b, c is none of the run's classes: non-user, user"),
+        (folder, ["--data", three[0]], "a, b, c is none of the run's classes, non-user, user"),
         (folder, ["--data", "coarse"], "bins is (12, 12), not (64, 64)"),
         (moved, ["--data", "nowhere"], "nowhere: no such data set"),
         ("nowhere", [], "nowhere: no best.pt"),
@@ -213,7 +213,7 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     columns = ["parameters_millions", "best_epoch", "val_loss", "val_f1", "seconds", "train_loss"]
     best = table.loc["mobileone_s3", columns].tolist()  # of the best epoch, not of the last
     assert best == pytest.approx([8.1, 2, 0.26, 0.95, 30, 0.2])
-    assert table["notes"].tolist()[:4] == ["", "no network, pixels only", "random initialisation", ""]
+    assert table["notes"].tolist()[:4] == ["", "no network", "random initialisation", ""]
     assert "shuffled" in table["notes"]["vgg11"]
     text = (tmp_path / "golestan/comparison.md").read_text()
     header = next(line for line in text.splitlines() if line.startswith("| data set"))
@@ -253,7 +253,7 @@ def test_replicates_are_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
     table_run(tmp_path, "once", 0, 0.2)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
     table = pd.read_csv(tmp_path / "golestan/replicates.csv").set_index("replicates_of")
-    runs = {"golestan/mobileone_s3": 5, "golestan/pixels (no network, pixels only)": 3, "golestan/resnet18": 5}
+    runs = {"golestan/mobileone_s3": 5, "golestan/pixels (no network)": 3, "golestan/resnet18": 5}
     runs |= {"golestan/vgg11": 5, "golestan/resnet18 (trained on shuffled labels)": 2}
     assert table["runs"].to_dict() == runs
     assert "golestan/mixed: its runs have different settings" in capsys.readouterr().out
