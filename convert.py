@@ -41,31 +41,33 @@ STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "r
 
 
 def read_samples(args):
-    """The table of samples with the columns group, path (of the raw run, or nan) and split of those that have a run."""
+    """The table of samples, with the columns group, path (of the raw run, nan without one) and split."""
     table, runs = read_table(args.samples), find_runs(args.raw_dir)
-    for column in ["sample_name", "phenotype", *([args.group_by] if args.group_by else [])]:
+    patterns = {"sample_name": r"^$|^\s|\s$|^\.|/", "phenotype": r"^$|^\s|\s$|^\.|/"}  # none can name a folder
+    if args.group_by:
+        patterns[args.group_by] = r"^\s*$"
+    for column, pattern in patterns.items():
         if column not in table:
             raise InputError(f"{args.samples}: needs a column '{column}' (found: {', '.join(table)})")
-        bad = table[column].str.strip().ne(table[column]) | table[column].str.contains(r"^$|^\.|/")
+        bad = table[column].str.contains(pattern)
         if bad.any():
-            row = int(np.argmax(bad))
-            raise InputError(f"{args.samples}, row {row + 2}: {column} {table[column][row]!r} cannot name a folder")
-    if (twice := table["sample_name"].duplicated()).any():
+            row = bad.idxmax()
+            raise InputError(f"{args.samples}, row {row + 2}: {column} {table[column][row]!r} cannot be used")
+    twice = table["sample_name"].duplicated()
+    if twice.any():
         raise InputError(f"{args.samples}: named more than once: {first_few(table['sample_name'][twice])}")
     if table["phenotype"].nunique() > table["phenotype"].str.casefold().nunique():
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
-    table["group"] = table[args.group_by] if args.group_by else table["sample_name"]
+    table["group"] = table[args.group_by or "sample_name"]
     table["path"] = table["sample_name"].map(runs)
     present = table["path"].notna()
-    if not present.all():
-        absent = first_few(table["sample_name"][~present])
-        print(f"{(~present).sum()} samples of {args.samples} have no file in {args.raw_dir}: {absent}")
-    if extra := runs.keys() - set(table["sample_name"]):
-        print(f"{len(extra)} files in {args.raw_dir} are not in {args.samples}: {first_few(extra)}")
+    names = set(table["sample_name"])
+    print(f"{present.sum()} of the {len(table)} samples have a file in {args.raw_dir}", end="")
+    print(f"; without one: {first_few(names - runs.keys())}" if names - runs.keys() else "", end="")
+    print(f"; without a sample: {first_few(runs.keys() - names)}" if runs.keys() - names else "")
     if table["phenotype"][present].nunique() < 2:
-        found = f"{present.sum()} of its {len(table)} samples have a file in {args.raw_dir}"
-        raise InputError(f"{args.samples}: a classifier needs two phenotypes ({found}; do the names match?)")
+        raise InputError(f"{args.samples}: a classifier needs runs of two phenotypes; do the names match the files?")
     if "split" not in table:
         table["split"] = assign_splits(table[present], args.test, args.val, args.seed)
     check_splits(table[present])
@@ -107,18 +109,17 @@ def assign_splits(table, test, val, seed):
 
 
 def check_splits(table):
-    """Refuse a given split column that is misspelled or tears a group apart, and any split that leaves a class out."""
+    """Refuse splits that are misspelled, tear a group apart, or leave a phenotype out."""
     if wrong := set(table["split"]) - set(SPLITS):
         raise InputError(f"the split column holds {first_few(wrong)}; use train, val or test")
-    torn = table.groupby("group")["split"].nunique() > 1
-    if torn.any():
-        raise InputError(f"these groups lie in more than one split: {first_few(torn[torn].index)}")
+    splits = table.groupby("group")["split"].nunique()
+    if splits.max() > 1:
+        raise InputError(f"these groups lie in more than one split: {first_few(splits.index[splits > 1])}")
     counts = pd.crosstab(table["split"], table["phenotype"]).reindex(SPLITS, fill_value=0)
-    for split, phenotype in zip(*np.nonzero(counts.to_numpy() == 0), strict=True):
-        raise InputError(
-            f"the {SPLITS[split]} split has no run of {counts.columns[phenotype]} ({len(table)} runs in all): "
-            "change --test or --val or give a split column; each phenotype needs three runs or groups"
-        )
+    if counts.min(axis=None) == 0:
+        split, phenotype = counts.stack().idxmin()
+        advice = "change --test or --val, or give a split column"
+        raise InputError(f"the {split} split has no run of {phenotype} ({len(table)} runs in all): {advice}")
 
 
 # ---------------------------------------------------------------- the PNGs of one run
@@ -238,13 +239,14 @@ def find_axes(runs, args):
     tasks = {name: (path, args.min_intensity) for name, path in runs.items()}
     results = dict(for_each(statistics_of_run, tasks, args.workers, "finding axes"))
     failures = {name: result for name, result in results.items() if isinstance(result, Exception)}
-    found = pd.DataFrame([result for name, result in results.items() if name not in failures])
-    if found.empty:
+    if len(failures) == len(runs):
         raise InputError(f"none of the {len(runs)} runs could be read; the first: {next(iter(failures.values()))}")
-    axes = []
-    for given, first, last in ((args.rt_range, "rt_first", "rt_last"), (args.mz_range, "mz_low", "mz_high")):
-        low, high = given or (found[first].min(), found[last].max())
-        axes += [low, high] if low < high else [low - 0.5, high + 0.5]  # one scan or one m/z: as numpy.histogram2d
+    found = pd.DataFrame([result for name, result in results.items() if name not in failures])
+    axes = [*(args.rt_range or (found["rt_first"].min(), found["rt_last"].max()))]
+    axes += [*(args.mz_range or (found["mz_low"].min(), found["mz_high"].max()))]
+    for i in (0, 2):
+        if axes[i] == axes[i + 1]:  # one scan or one m/z: as numpy.histogram2d does
+            axes[i], axes[i + 1] = axes[i] - 0.5, axes[i] + 0.5
     return axes, failures
 
 
@@ -283,23 +285,21 @@ def convert(args):
 
 def report(out_dir, table, recipe, statistics, failures):
     """Write samples.csv, one line a row of the sample table, and print the summary."""
-    table["status"] = "no file"
-    table.loc[table["sample_name"].isin(statistics), "status"] = "ok"
+    status = dict.fromkeys(statistics, "ok")
     for name, error in failures.items():
-        reason = str(error) if isinstance(error, InputError) else f"{name}: {type(error).__name__}: {error}"
-        table.loc[table["sample_name"] == name, "status"] = f"failed: {reason}"
+        reason = error if isinstance(error, InputError) else f"{name}: {type(error).__name__}: {error}"
+        status[name] = f"failed: {reason}"
         print(f"left out: {reason}", file=sys.stderr)
+    table["status"] = table["sample_name"].map(status).fillna("no file")
     found = pd.DataFrame.from_dict(statistics, orient="index", columns=STATISTICS)
     table = table.drop(columns=["path", *STATISTICS], errors="ignore").join(found, on="sample_name")
     write_table(out_dir / "samples.csv", table)
 
-    box = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} min, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
-    n_bins = f"{recipe.bins[0]} x {recipe.bins[1]} bins"
-    print(f"{len(statistics)} of {len(statistics) + len(failures)} runs in {out_dir}: {box}, {n_bins}")
+    print(f"{len(statistics)} of {len(status)} runs in {out_dir}: {recipe}")
     print(pd.crosstab(table["split"], table["phenotype"][table["status"] == "ok"]).to_string())
-    cut = table[table["outside"].astype(float) > 0.01]
+    cut = table["sample_name"][table["outside"].astype(float) > 0.01]
     if len(cut):
-        print(f"warning: more than 1 % of the intensity is outside the axes in {first_few(cut['sample_name'])}")
+        print(f"warning: more than 1 % of the intensity is outside the axes in {first_few(cut)}")
 
 
 # ---------------------------------------------------------------- demo: a cohort whose truth is known
@@ -341,7 +341,8 @@ def simulate_run(rng, compounds, lines, exposed):
         near = np.flatnonzero((times > apex - 4 * rise) & (times < apex + 4 * fall))
         sides = np.where(times[near] < apex, rise, fall)
         top = 10**compound.log10_height * sensitivity * rng.lognormal(0, 0.4)
-        profile = top * np.exp(-0.5 * ((times[near] - apex) / sides) ** 2) * rng.lognormal(0, 0.1, len(near))
+        shape = np.exp(-0.5 * ((times[near] - apex) / sides) ** 2)
+        profile = top * shape * rng.lognormal(0, 0.1, len(near))
         carbons = compound.mz / 20
         for isotope, share in enumerate((1, 0.011 * carbons, (0.011 * carbons) ** 2 / 2)):
             peaks.append((near, compound.mz + 1.00336 * isotope, profile * share))
@@ -352,14 +353,16 @@ def simulate_run(rng, compounds, lines, exposed):
     # Dead volume: all that the column does not hold. Wash: all that it held too long, a polymer among it.
     for start, end, n_ions, low, level in ((0.5, 0.75, 60, 100, 2e5), (9.3, 9.8, 150, 300, 1e5)):
         window = np.flatnonzero((times > 60 * start) & (times < 60 * end))
+        rise_and_fall = np.hanning(len(window) + 2)[1:-1]
         for ion in rng.uniform(low, low + 400, n_ions):
-            peaks.append((window, ion, level * rng.lognormal(0, 1) * np.hanning(len(window) + 2)[1:-1]))
+            peaks.append((window, ion, level * rng.lognormal(0, 1) * rise_and_fall))
     window = np.flatnonzero(times > 60 * 9.2)
     for unit in range(12):
         level = 4e5 * np.exp(-0.5 * ((unit - 5) / 3) ** 2)
         peaks.append((window, 327.2 + 44.0262 * unit, level * rng.lognormal(0, 0.1, len(window))))
     m = 40 * n  # electronic noise
-    peaks.append((rng.integers(0, n, m), rng.uniform(*DEMO_MZ, m), rng.lognormal(np.log(2e3), 0.7, m)))
+    noise = rng.integers(0, n, m), rng.uniform(*DEMO_MZ, m), rng.lognormal(np.log(2e3), 0.7, m)
+    peaks.append(noise)
 
     scan, mz, height = np.concatenate([np.broadcast_arrays(*part) for part in peaks], axis=1)
     mz = mz * (1 + 1e-6 * (ppm + rng.normal(0, 2, len(mz))))
@@ -412,7 +415,8 @@ def write_demo(args):
         if isinstance(result, Exception):
             raise result
 
-    compounds = demo_compounds(np.random.default_rng([args.seed, 0])).sort_values("rt").round({"rt": 3, "mz": 5})
+    compounds = demo_compounds(np.random.default_rng([args.seed, 0]))
+    compounds = compounds.sort_values("rt").round({"rt": 3, "mz": 5})
     features = pd.DataFrame({"Alignment ID": compounds.index}, index=compounds.index)
     features["Average Rt(min)"], features["Average Mz"] = compounds["rt"], compounds["mz"]
     features["Ontology"] = np.where(compounds["planted"], "planted", "background")

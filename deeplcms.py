@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +41,18 @@ class Recipe:
 
     def to_text(self):
         """The recipe as the text chunks of a PNG; str keeps every digit of the axes."""
-        text = {field.name: str(getattr(self, field.name)) for field in fields(self)}
+        text = {name: str(value) for name, value in asdict(self).items()}
         return text | {"bins": "{} {}".format(*self.bins)}
 
     @classmethod
     def from_text(cls, text):
         """The recipe in the text chunks of a PNG or in a checkpoint; KeyError where a setting is missing."""
-        read = {tuple: lambda t: tuple(map(int, t.split())), bool: lambda t: t == "True"}
-        return cls(**{field.name: read.get(field.type, field.type)(text[field.name]) for field in fields(cls)})
+        special = {tuple: lambda t: tuple(map(int, t.split())), bool: lambda t: t == "True"}
+        values = {}
+        for field in fields(cls):
+            read = special.get(field.type, field.type)  # else float or str
+            values[field.name] = read(text[field.name])
+        return cls(**values)
 
     def to_fraction(self, rt, mz):
         """Minutes and m/z -> fraction of the picture from the left and from the top: it survives every resize."""
@@ -184,7 +188,10 @@ def find_runs(folder):
 
 def files_of(paths):
     """[Path] of files, and of the runs in those that are folders."""
-    return [file for path in map(Path, paths) for file in (find_runs(path).values() if path.is_dir() else [path])]
+    files = []
+    for path in map(Path, paths):
+        files += find_runs(path).values() if path.is_dir() else [path]
+    return files
 
 
 def find_pictures(data_dir, splits=SPLITS):
@@ -223,9 +230,10 @@ def in_turn(pictures, n, seed):
 
 def check_recipe(recipe, expected, path):
     """Refuse pictures of another kind: on other axes the same pixel is another compound."""
-    pairs = [(field.name, getattr(recipe, field.name), getattr(expected, field.name)) for field in fields(recipe)]
-    if differing := [f"{name} is {here}, not {there}" for name, here, there in pairs if here != there]:
-        raise InputError(f"{path}: another kind of picture than the others or the run's: {'; '.join(differing)}")
+    for name, value in asdict(recipe).items():
+        if value != getattr(expected, name):
+            other = f"{name} is {value}, not {getattr(expected, name)}"
+            raise InputError(f"{path}: another kind of picture than the others or the run's: {other}")
 
 
 def read_text(path):
@@ -306,7 +314,9 @@ def roc_auc(positive, score):
     from scipy.stats import rankdata
 
     n, m = positive.sum(), (~positive).sum()
-    return (rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * m) if n and m else np.nan
+    if n == 0 or m == 0:
+        return np.nan
+    return (rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * m)
 
 
 # ---------------------------------------------------------------- files, figures, command lines

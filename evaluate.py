@@ -197,7 +197,8 @@ def draw_roc(path, labels, probabilities, confusion, auc, classes, title):
                 ax.plot(*roc_curve(labels == k, probabilities[:, k]), linewidth=2, label=classes[k])
         ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance")
         if len(classes) == 2:
-            ax.plot(*(confusion[:, 1] / np.maximum(confusion.sum(1), 1)), "ko", label="threshold")
+            rates = confusion[:, 1] / np.maximum(confusion.sum(1), 1)  # of false and of true positives
+            ax.plot(*rates, "ko", label="threshold")
         ax.set_title("ROC AUC {value:.3f} (95 % interval {low:.3f} - {high:.3f})".format(**auc), fontsize=10)
         ax.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
@@ -354,11 +355,11 @@ def dunn(groups):
     """p values of Dunn's test for each pair of groups of values, with the correction for ties (Dunn 1964)."""
     ranks, n = rankdata(np.concatenate(groups)), sum(map(len, groups))
     ranks = np.split(ranks, np.cumsum([len(group) for group in groups])[:-1])
-    variance = n * (n + 1) / 12 * tiecorrect(np.concatenate(ranks))
+    variance = n * (n + 1) / 12 * tiecorrect(np.concatenate(ranks))  # of a rank
     p = []
     for a, b in itertools.combinations(ranks, 2):
-        z = (a.mean() - b.mean()) / math.sqrt(variance * (1 / len(a) + 1 / len(b)))
-        p.append(2 * norm.sf(abs(z)))
+        error = math.sqrt(variance * (1 / len(a) + 1 / len(b)))
+        p.append(2 * norm.sf(abs(a.mean() - b.mean()) / error))
     return p
 
 

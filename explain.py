@@ -59,7 +59,8 @@ class Scores(nn.Module):
         super().__init__()
         self.model = model
         zero = torch.tensor(recipe.zero_colour() / 255, dtype=torch.float32)
-        self.register_buffer("zero", ((zero - torch.tensor(model.mean)) / torch.tensor(model.std))[:, None, None])
+        zero = (zero - torch.tensor(model.mean)) / torch.tensor(model.std)
+        self.register_buffer("zero", zero[:, None, None])
         for module in model.modules():
             if getattr(module, "inplace", False):
                 module.inplace = False  # it would overwrite the activation that a hook keeps
@@ -158,7 +159,7 @@ def evidence_map(scores, u, k):
         p.append(scores.probabilities(batch).detach().cpu())
     p = torch.cat(p)
     alike = len(set(called_class(p.numpy()))) == 1
-    weight = torch.ones(len(u), dtype=torch.double) if alike else p[:, k] - p[:, k].mean()
+    weight = torch.ones_like(p[:, k]) if alike else p[:, k] - p[:, k].mean()
     covariance = torch.einsum("n,ncyx->cyx", weight, u.double()) / len(u)
     return (gradient * covariance.abs()).sum(0).numpy()
 
@@ -170,7 +171,8 @@ def faithfulness(scores, u, maps, k, seed):
     The control shuffles each map's cells (16 on a side): as much of the picture remains, in other places.
     """
     maps = resized(torch.from_numpy(maps).float(), (256, 256))
-    maps = (maps - maps.amin((1, 2), True)) / (maps.amax((1, 2), True) - maps.amin((1, 2), True)).clamp(min=1e-12)
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)  # 0 ... 1
     cells = F.unfold(maps[:, None], 16, stride=16)  # (N, pixels, cells)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(seed))
     control = F.fold(cells[..., order], 256, 16, stride=16)[:, 0]
@@ -250,16 +252,18 @@ def over_peaks(map_, x, y, recipe, mean):
 
 
 def rank_features(table, evidence, heats, recipe):
-    """The features inside the axes in the order of evidence, with rank, evidence, and the mean of each heat map."""
+    """The features inside the axes in the order of evidence, with rank, evidence, and the mean of each map of heat."""
     x, y = recipe.to_fraction(table["rt"], table["mz"])
     inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
     print(f"{inside.sum()} features inside the axes, {(~inside).sum()} outside")
     if not inside.any():
         raise InputError("none of the features lies inside the axes of the pictures (retention times in minutes?)")
-    table, x, y = table[inside].drop(columns=["rank", "drop", "drop_se"], errors="ignore"), x[inside], y[inside]
+    table, x, y = table[inside], x[inside], y[inside]
+    table = table.drop(columns=["rank", "drop", "drop_se"], errors="ignore")  # of an earlier answer
     own = {"rt": table["rt"], "mz": table["mz"], "name": table["name"]}
     own["evidence"] = over_peaks(evidence, x, y, recipe, mean=False)
-    own |= {f"heat_{name}": over_peaks(heat, x, y, recipe, mean=True) for name, heat in heats.items()}
+    for name, heat in heats.items():
+        own[f"heat_{name}"] = over_peaks(heat, x, y, recipe, mean=True)
     table = pd.DataFrame(own).join(table.drop(columns=own, errors="ignore"))
     table = table.sort_values("evidence", ascending=False, kind="stable")
     table.insert(0, "rank", np.arange(1, len(table) + 1))
@@ -335,6 +339,7 @@ def cam_grid(path, shown, pictures, maps, recipe, title):
 
 def class_maps(path, heats, evidence, recipe, title):
     """Mean heat of the pictures of each phenotype, on one scale, and the evidence."""
+    heats = {name: heat for name, heat in heats.items() if name != "difference"}
     highest = max(heat.max() for heat in heats.values()) or 1
     panels = [(f"mean heat, {name}", heat, {"cmap": "inferno", "vmax": highest}) for name, heat in heats.items()]
     panels.append(("evidence, smoothed", evidence, {"cmap": "YlOrRd", "vmax": np.quantile(evidence, 0.999) or 1}))
@@ -412,9 +417,10 @@ def explain(args):
 
     scores = Scores(model, recipe).to(DEVICE).eval()
     transform = evaluation_transform(model.image_size, model.mean, model.std)
-    u = torch.stack([transform(torch.from_numpy(rgb).permute(2, 0, 1).contiguous()) for rgb in pictures])
-    u = (u - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
-    p = torch.cat([scores.probabilities(batch).detach().cpu() for batch in batches_of(u, "classifying")]).numpy()
+    x = [transform(torch.from_numpy(rgb).permute(2, 0, 1).contiguous()) for rgb in pictures]
+    u = (torch.stack(x) - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
+    p = [scores.probabilities(batch).detach().cpu() for batch in batches_of(u, "classifying")]
+    p = torch.cat(p).numpy()  # (N, K)
     called = called_class(p)
     if len(set(called)) == 1:
         print(f"all are called {classes[called[0]]}: evidence is what differs from a blank picture, not covariance")
@@ -425,6 +431,9 @@ def explain(args):
     shape = recipe.bins[::-1]  # (n_mz, n_rt)
     maps = heat_maps(scores, layers, u, k, shape)
     heats = {name: maps[rows].mean(0) for name, rows in table.groupby("phenotype").indices.items()}
+    if len(heats) == 2:
+        (other,) = set(heats) - {class_name}
+        heats["difference"] = heats[class_name] - heats[other]
     evidence = evidence_map(scores, u, k)
     if evidence.max() < 1e-9:  # the demo's has 0.03
         print(f"warning: the evidence is {evidence.max():.1g} at most: the network answers to nothing, this is noise")

@@ -108,7 +108,9 @@ def progress(batches, title):
 
 def evaluation_transform(size, mean, std):
     """uint8 (3, H, W) -> float (3, size, size): squashed, never cropped, as position is the measurement."""
-    return v2.Compose([v2.Resize((size, size)), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    squash = v2.Resize((size, size))
+    scale = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([squash, scale, v2.Normalize(mean, std)])
 
 
 def training_transform(model, recipe, args):
@@ -395,6 +397,7 @@ def make_loaders(model, table, pictures, recipe, args, store):
         datasets[split] = Pictures(part, transform, args.seed)
         if views:
             pool = pictures if args.folds else part  # folds share the features of all pictures
+            pool = pool[~pool["copy"]] if split == "val" else pool
             if split not in store:
                 say(f"storing the features of {len(pool)} pictures x {n_draws}, for {split}")
                 store[split] = extract_features(model, Pictures(pool, transform, DRAW_SEED), n_draws, args)
@@ -554,7 +557,8 @@ def find_lr(model, loader, args, run=None):
         torch.manual_seed(args.seed)
         for rate in progress(rates, "learning-rate range test"):
             optimizer.param_groups[0]["lr"] = rate
-            losses.append(loss_of(*collect([train_batch(network, optimizer, scaler, *next(batches), args)])).item())
+            outputs = train_batch(network, optimizer, scaler, *next(batches), args)
+            losses.append(loss_of(*collect([outputs])).item())
             smooth = pd.Series(losses).rolling(5, min_periods=1).mean()
             if not math.isfinite(losses[-1]) or smooth.iloc[-1] > 4 * smooth.min():
                 break
@@ -733,15 +737,15 @@ def draw_transformed(run, originals, model, recipe, args):
     """Article, Figure 4: training pictures as the network sees them in its first epoch."""
     shown = originals.iloc[:: max(1, len(originals) // 9)].head(9).assign(label=0)
     seen = Pictures(shown, training_transform(model, recipe, args), args.seed)
-    with figure(
-        run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6), nrows=3, ncols=3
-    ) as axes:
-        for k, axis in enumerate(axes.flat):
-            axis.axis("off")
-            if k < len(shown):
-                image = seen[k, 1][0].permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
-                axis.imshow(image.clip(0, 1))
-                axis.set_title(f"{shown['sample_name'].iloc[k][:24]} ({shown['phenotype'].iloc[k]})", fontsize=9)
+    with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6)) as axes:
+        axes.axis("off")  # one for all pictures: nine would take a second, and this is drawn for every fold
+        for k, row in enumerate(shown.itertuples()):
+            x, _ = seen[k, 1]
+            image = x.permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
+            left, top = 1.05 * (k % 3), 1.1 * (k // 3)
+            axes.imshow(image.clip(0, 1), extent=(left, left + 1, top + 1, top))
+            axes.text(left + 0.5, top - 0.02, f"{row.sample_name[:24]} ({row.phenotype})", ha="center", fontsize=9)
+        axes.set(xlim=(0, 3.1), ylim=(3.2, 0))
 
 
 # ---------------------------------------------------------------- tuning

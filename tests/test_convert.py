@@ -237,10 +237,10 @@ def test_rows_of_one_group_land_in_one_split():
     [
         ("sample_name,phenotype\na,x\na,y\n", "named more than once: a"),
         ("sample_name,phenotype\na,User\nb,user\n", "two spellings: User, user"),
-        ("sample_name,phenotype\na,x \nb,y\n", "row 2: phenotype 'x ' cannot name"),
-        ("sample_name,phenotype\na,x\nb,x\n", "needs two phenotypes"),
-        ("sample_name,phenotype\na,x\nc,y\n", "1 of its 2 samples have a file"),
-        ("sample_name,phenotype\na,x\n../b,y\n", "row 3: sample_name '../b' cannot name"),
+        ("sample_name,phenotype\na,x \nb,y\n", "row 2: phenotype 'x ' cannot be used"),
+        ("sample_name,phenotype\na,x\nb,x\n", "needs runs of two phenotypes"),
+        ("sample_name,phenotype\na,x\nc,y\n", "do the names match the files?"),
+        ("sample_name,phenotype\na,x\n../b,y\n", "row 3: sample_name '../b' cannot be used"),
         ("sample,phenotype\na,x\n", "needs a column 'sample_name' (found: sample, phenotype)"),
         ("", "is no table"),
         ("sample_name,phenotype\n\xe9,x\n".encode("latin-1"), "is no table of text"),
@@ -299,8 +299,8 @@ def test_no_bad_file_costs_the_others_and_a_repaired_one_is_picked_up(tmp_path):
     lines = sorted(done.stderr.splitlines())  # nothing else, and nothing that pyopenms prints of its own accord
     assert len(lines) == 3 and lines[0] == "left out: empty.mzML: is empty (zero bytes)"
     assert lines[1].startswith("left out: folder: IsADirectoryError") and "half.mzML: cannot be parsed" in lines[2]
-    assert "1 files in" in done.stdout and ": other\n" in done.stdout
-    assert "1 samples of" in done.stdout and ": absent\n" in done.stdout
+    assert "13 of the 14 samples have a file in" in done.stdout
+    assert "; without one: absent; without a sample: other\n" in done.stdout
     assert "warning: more than 1 % of the intensity is outside the axes" in done.stdout
     status = deeplcms.read_table(tmp_path / "out/samples.csv").set_index("sample_name")["status"]
     assert status["half"].startswith("failed: half.mzML: cannot be parsed") and status["absent"] == "no file"

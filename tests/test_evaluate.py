@@ -246,7 +246,7 @@ def test_dunns_p_values_are_those_of_scikit_posthocs():
 def test_replicates_are_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
     for backbone, losses in LOSSES.items():
         for seed, loss in enumerate(losses):
-            table_run(tmp_path, backbone, seed, loss)
+            table_run(tmp_path, backbone, seed, loss, origin="no network" if backbone == "pixels" else "pretrained")
     for seed in (0, 1):
         table_run(tmp_path, "resnet18", seed, 0.69, suffix="-shuffled", shuffle_labels=True)
         table_run(tmp_path, "mixed", seed, 0.5, optimizer=("adam", "rmsprop")[seed])

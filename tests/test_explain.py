@@ -56,7 +56,7 @@ def test_the_planted_peak_leads_regions_and_ranking(two, network, name, capsys):
     features = pd.read_csv(out / "features.csv")
     assert list(features["rank"]) == [1, 2, 3] and features["name"][0] == "Morphine-3-glucuronide, M3G"
     assert features["drop"][0] > 2 * features["drop_se"][0] > 0  # blanking its box takes the evidence away
-    assert {"heat_user", "heat_non-user", "evidence", "ontology"} <= set(features)
+    assert {"heat_user", "heat_non-user", "heat_difference", "evidence", "ontology"} <= set(features)
     for figure in ("cam_grid.png", "class_maps.png", "overlay.png"):
         with Image.open(out / figure) as image:
             assert min(image.size) > 500
