@@ -165,7 +165,7 @@ def write_pictures(path, pngs, recipe):
 
 
 def statistics_of_run(path, min_intensity):
-    """The extent of a run among them; where its bins lie does not matter for that."""
+    """Statistics of a run, its extent among them: for them it does not matter where the bins lie."""
     return histogram_of_run(path, Recipe(0, 1, 0, 1, bins=(1, 1), min_intensity=min_intensity))[1]
 
 

@@ -14,9 +14,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 SPLITS = ("train", "val", "test")
 RUN_SUFFIXES = tuple(kind + packing for kind in (".mzml", ".mzxml") for packing in ("", ".gz", ".bz2"))
@@ -122,8 +125,6 @@ def histogram_of_run(path, recipe):
 
 def picture_of_counts(counts, recipe):
     """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt, 3), retention time to the right and m/z up."""
-    from scipy.ndimage import gaussian_filter  # not at the top, like pyopenms and matplotlib: --help need not wait
-
     highest = counts.max(axis=1, keepdims=True) if recipe.normalize == "rt" else counts.max()
     values = counts / np.where(highest > 0, highest, 1)
     if recipe.sigma > 0:
@@ -134,8 +135,6 @@ def picture_of_counts(counts, recipe):
 
 def colours(values, colormap):
     """Values in 0 ... 1 -> uint8 RGB (height, width, 3) of a matplotlib colormap."""
-    import matplotlib
-
     return np.ascontiguousarray(matplotlib.colormaps[colormap](values, bytes=True)[..., :3])
 
 
@@ -145,7 +144,7 @@ def read_run(path, min_intensity=0.0):
     pyopenms tells mzML from mzXML, unpacks .gz and .bz2 and knows the time's unit. To read another instrument's
     format, ion mobility or MS2, change this function alone. Raises InputError if the file cannot be parsed.
     """
-    import pyopenms
+    import pyopenms  # not at the top: --help need not wait for it
 
     with open(path, "rb") as file:
         if not file.read(1):
@@ -200,7 +199,7 @@ def find_pictures(data_dir, splits=SPLITS):
     Columns: path, split, phenotype, sample_name, copy (is it a shifted one?), and those of the data set's samples.csv,
     `group` among them. Raises InputError where a split is missing or recipes differ.
     """
-    data_dir, rows = Path(data_dir), []
+    data_dir, rows, expected = Path(data_dir), [], None
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such data set; make one with convert.py, or say with --data where it is")
     if not (data_dir / "samples.csv").is_file():
@@ -211,14 +210,12 @@ def find_pictures(data_dir, splits=SPLITS):
             raise InputError(f"{data_dir}: no pictures in {split}/<phenotype>/*.png")
         for path in paths:
             text, recipe = read_text(path)
+            expected = expected or recipe
+            check_recipe(recipe, expected, path)
             row = {"path": path, "split": split, "phenotype": path.parent.name, "sample_name": text["sample_name"]}
-            rows.append(row | {"copy": text["shift"] != "0 0", "recipe": recipe})
-    pictures, first = pd.DataFrame(rows), rows[0]
-    for row in rows:
-        check_recipe(row["recipe"], first["recipe"], row["path"])
+            rows.append(row | {"copy": text["shift"] != "0 0"})
     samples = read_table(data_dir / "samples.csv").drop(columns=["split", "phenotype"])
-    pictures = pictures.drop(columns="recipe").merge(samples, on="sample_name", how="left")
-    return pictures, first["recipe"]
+    return pd.DataFrame(rows).merge(samples, on="sample_name", how="left"), expected
 
 
 def in_turn(pictures, n, seed):
@@ -311,12 +308,10 @@ def metrics_of(labels, logits, threshold=0.5):
 
 def roc_auc(positive, score):
     """Chance that a positive scores above a negative, ties counting half (Mann-Whitney); nan with one class only."""
-    from scipy.stats import rankdata
-
-    n, m = positive.sum(), (~positive).sum()
+    rank, n, m = pd.Series(score).rank().to_numpy(), positive.sum(), (~positive).sum()
     if n == 0 or m == 0:
         return np.nan
-    return (rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * m)
+    return (rank[positive].sum() - n * (n + 1) / 2) / (n * m)
 
 
 # ---------------------------------------------------------------- files, figures, command lines
@@ -414,8 +409,6 @@ def first_few(names, n=5):
 @contextmanager
 def figure(path, title, size, **subplots):
     """Yield the axes of a figure (inches); the PNG is written when the block ends well. "; " in the title breaks it."""
-    from matplotlib.figure import Figure
-
     drawing = Figure(figsize=size, layout="constrained")
     axes = drawing.subplots(**subplots)
     drawing.suptitle(title.replace("; ", "\n"), fontsize=11)

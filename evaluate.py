@@ -60,10 +60,15 @@ def title_of(checkpoint, what):
 # ---------------------------------------------------------------- one run: pictures -> logits -> metrics
 
 
+def is_own(checkpoint, data):
+    """Is this the data set of the run, where it was or where it has moved?"""
+    return data is None or Path(data).resolve().name == Path(checkpoint["config"]["settings"]["data"]).resolve().name
+
+
 def held_out(checkpoint, data, split):
     """Pictures of one split without copies, with their labels; InputError unless they are of the run's kind."""
     settings, classes = checkpoint["config"]["settings"], checkpoint["config"]["classes"]
-    if settings["fold"] is not None and split != "test" and data is None:
+    if settings["fold"] is not None and split != "test" and is_own(checkpoint, data):
         raise InputError(f"this run is a fold of train and val together and has seen most of {split}")
     data = data or settings["data"]
     pictures, recipe = find_pictures(data, (split,))
@@ -93,13 +98,13 @@ def best_threshold(labels, logits):
     return float(max(candidates, key=lambda t: round(metrics_of(labels, logits, t)["balanced_accuracy"], 12)))
 
 
-def choose_threshold(model, checkpoint, threshold):
+def choose_threshold(model, checkpoint, threshold, data=None):
     """(threshold, the rule in words) of --threshold: a number, or 'val' for the best one on the validation split."""
     classes, source = checkpoint["config"]["classes"], ""
     if len(classes) > 2:
         return None, "the most probable class is called"
     if threshold == "val":
-        pictures = held_out(checkpoint, None, "val")
+        pictures = held_out(checkpoint, data if is_own(checkpoint, data) else None, "val")
         threshold = best_threshold(pictures["label"].to_numpy(), logits_of(model, pictures))
         source = f", the best balanced accuracy on {len(pictures)} pictures of the validation split"
     return threshold, f"{classes[1]} is called where its probability is {threshold:.4g} or more{source}"
@@ -130,7 +135,7 @@ def evaluate(run, data=None, split="test", threshold=0.5, out=None):
     model, checkpoint = load_run(run)
     classes = checkpoint["config"]["classes"]
     pictures = held_out(checkpoint, data, split)
-    threshold, rule = choose_threshold(model, checkpoint, threshold)
+    threshold, rule = choose_threshold(model, checkpoint, threshold, data)
     labels, logits = pictures["label"].to_numpy(), logits_of(model, pictures)
     probabilities = probabilities_of(logits)
     called = called_class(probabilities, threshold)
@@ -138,7 +143,7 @@ def evaluate(run, data=None, split="test", threshold=0.5, out=None):
     table = judge(labels, logits, threshold)
 
     data_set = Path(data).resolve().name if data else checkpoint["config"]["data_set"]
-    default = run if split == "test" and not data else run / f"{data_set}-{split}"
+    default = run if split == "test" and is_own(checkpoint, data) else run / f"{data_set}-{split}"
     folder = Path(out or default)
     folder.mkdir(parents=True, exist_ok=True)
     title = title_of(checkpoint, f"{data_set}, {split} split, {len(labels)} pictures")
@@ -324,18 +329,15 @@ def table_of(runs):
     """A row for each run: its best epoch by validation loss, and what its replicates share, as text in `settings`."""
     rows = []
     for run in runs:
-        try:
-            config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-            epochs = pd.read_csv(run / "epochs.csv")
-            settings = dict(config["settings"])
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{run}: config.json or epochs.csv cannot be read ({error})") from None
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        epochs = pd.read_csv(run / "epochs.csv")
+        settings = config["settings"]
         best = epochs.loc[epochs["val_loss"].idxmin()]
         row = {"data_set": config["data_set"], "backbone": settings["backbone"]}
         row |= {"parameters_millions": config["parameters"] / 1e6, "best_epoch": int(best["epoch"])}
         row |= {name: best[name] for name in epochs if name.startswith(("train_", "val_"))}
-        row |= {"seconds": epochs["seconds"].sum(), "seed": settings.pop("seed"), "fold": settings.pop("fold")}
-        row |= {"weights": config["weights_origin"], "notes": ", ".join(cautions(config)), "run": str(run)}
+        row |= {"seconds": epochs["seconds"].sum(), "notes": ", ".join(cautions(config)), "run": str(run)}
+        row |= {"seed": settings.pop("seed"), "fold": settings.pop("fold")}
         rows.append(row | {"folder": f"{run.parts[-3]}/{run.parts[-2]}", "settings": json.dumps(settings)})
     return pd.DataFrame(rows).fillna({"fold": ""}).sort_values("val_loss", ignore_index=True)
 
@@ -353,11 +355,11 @@ def replicates_of(table):
 
 def dunn(groups):
     """p values of Dunn's test for each pair of groups of values, with the correction for ties (Dunn 1964)."""
-    ranks, n = rankdata(np.concatenate(groups)), sum(map(len, groups))
-    ranks = np.split(ranks, np.cumsum([len(group) for group in groups])[:-1])
-    variance = n * (n + 1) / 12 * tiecorrect(np.concatenate(ranks))  # of a rank
+    ranks = rankdata(np.concatenate(groups))
+    n, ends = len(ranks), np.cumsum([len(group) for group in groups])
+    variance = n * (n + 1) / 12 * tiecorrect(ranks)  # of a rank
     p = []
-    for a, b in itertools.combinations(ranks, 2):
+    for a, b in itertools.combinations(np.split(ranks, ends[:-1]), 2):
         error = math.sqrt(variance * (1 / len(a) + 1 / len(b)))
         p.append(2 * norm.sf(abs(a.mean() - b.mean()) / error))
     return p

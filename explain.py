@@ -81,35 +81,18 @@ def choose_layers(model, names=None):
     last of the finest where none is (a vision transformer's last block). Deeper layers mix retention times and masses,
     and look up to 7 % of the axis away from where upsampling paints them.
     """
-    backbone = model.backbone
-    modules = {name: module for name, module in backbone.named_modules() if name}
+    modules = dict(model.backbone.named_modules())
+    stages = [stage for stage in getattr(model.backbone, "feature_info", []) if stage["module"] in modules]
+    if not names and not isinstance(model.backbone, nn.Identity):
+        if not stages:
+            raise InputError("timm lists no layers of this backbone; name one with --layers")
+        fine = max(4, min(stage["reduction"] for stage in stages))
+        names = [[stage["module"] for stage in stages if stage["reduction"] <= fine][-1]]
     for name in names or []:
         if name not in modules:
             near = difflib.get_close_matches(name, modules, 5, cutoff=0.4) or list(modules)[:5]
             raise InputError(f"--layers {name!r} is no layer of this backbone; the nearest: {', '.join(near)}")
-    if names or not modules:
-        return {name: modules[name] for name in names or []}
-    listed = [stage["module"] for stage in getattr(backbone, "feature_info", []) if stage.get("module") in modules]
-    sizes = {}  # layer -> height of its map, in the order of the forward pass
-
-    def record(name):
-        def hook(module, inputs, output):
-            if isinstance(output, torch.Tensor) and output.ndim in (3, 4):
-                sizes[name] = to_channels_first(output, backbone).shape[2]
-
-        return hook
-
-    candidates = listed or [name for name, _ in backbone.named_children()]
-    hooks = [modules[name].register_forward_hook(record(name)) for name in candidates]
-    with torch.inference_mode():
-        model(torch.zeros(1, 3, model.image_size, model.image_size, device=DEVICE))
-    for hook in hooks:
-        hook.remove()
-    if not sizes:
-        raise InputError("found no layer with a map in this backbone; name one with --layers")
-    fine = min(max(sizes.values()), model.image_size // 4)
-    name = [name for name, size in sizes.items() if size >= fine][-1]
-    return {name: modules[name]}
+    return {name: modules[name] for name in names or []}
 
 
 # ---------------------------------------------------------------- heat and evidence
@@ -138,7 +121,11 @@ def heat_maps(scores, layers, u, k, shape):
 
     with LayerCAM(scores, list(layers.values()), reshape_transform=to_map) as cam:
         for batch in batches_of(u, "heat"):
-            found = [resized(m.float(), shape) for m in cam(k, scores(batch), normalized=False)]
+            z = scores(batch)
+            try:
+                found = [resized(m.float(), shape) for m in cam(k, z, normalized=False)]
+            except (AssertionError, RuntimeError) as error:  # the logits do not come from there
+                raise InputError(f"no heat at {', '.join(layers)} ({error}); name others with --layers") from None
             maps.append((found[0] if len(found) == 1 else cam.fuse_cams(found)).cpu())
     return torch.cat(maps).numpy()
 
@@ -408,12 +395,9 @@ def explain(args):
     else:
         table = held_out(checkpoint, args.data, args.split)
         pictures = [read_picture(path) for path in table["path"]]
-    features = args.features or Path(args.data or settings["data"]) / "features.csv"
-    if args.features or args.query or features.exists():  # before the work: a bad table should not cost two minutes
-        print(f"features: {features}")
-        features = read_features(features, args.query)
-    else:
-        features = None
+    path = Path(args.features or Path(args.data or settings["data"]) / "features.csv")
+    wanted = args.features or args.query or path.exists()
+    features = read_features(path, args.query) if wanted else None  # now: a bad table should not cost two minutes
 
     scores = Scores(model, recipe).to(DEVICE).eval()
     transform = evaluation_transform(model.image_size, model.mean, model.std)

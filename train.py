@@ -86,7 +86,7 @@ SCHEDULERS = {
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
 
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
-NOT_SETTINGS = ("params", "repeats", "tune", "storage", "resume", "workers", "out", "name", "demo")
+NOT_SETTINGS = ("params", "repeats", "tune", "storage", "resume", "workers", "out", "demo")
 DRAW_SEED = 2643  # of stored draws, so that repeats, folds and trials share them
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -257,10 +257,9 @@ def to_channels_first(y, backbone):
     if isinstance(y, list):
         y = y[-1]  # of several scales (CoaT) the coarsest
     if y.ndim == 3:
-        n_odd = y.shape[1] - math.isqrt(y.shape[1]) ** 2
-        y = y[:, getattr(backbone, "num_prefix_tokens", n_odd) :]  # class and register tokens have no place
         square = (math.isqrt(y.shape[1]),) * 2
         grid_size = getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or square
+        y = y[:, -math.prod(grid_size) :]  # class and register tokens come first and have no place
         return y.transpose(1, 2).unflatten(2, grid_size).contiguous()
     if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
         return y.permute(0, 3, 1, 2).contiguous()
@@ -341,14 +340,10 @@ def save_checkpoint(path, contents):
 
 def find_run(run=None):
     """The run folder named, or the newest one under runs/."""
-    if run is None:
-        checkpoints = sorted(Path("runs").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
-        if not checkpoints:
-            raise InputError("no finished run under runs/; start with: python train.py --backbone mobileone_s3")
-        return checkpoints[-1].parent
-    if not (Path(run) / "best.pt").is_file():
-        raise InputError(f"{run}: no best.pt in this folder; is it a run of train.py that came to its end?")
-    return Path(run)
+    found = [Path(run) / "best.pt"] if run else sorted(Path("runs").glob("**/best.pt"), key=os.path.getmtime)
+    if not found or not found[-1].is_file():
+        raise InputError(f"{run or 'runs/'}: no best.pt; is it a run of train.py that came to its end?")
+    return found[-1].parent
 
 
 def load_run(run):
@@ -359,7 +354,6 @@ def load_run(run):
     config = checkpoint["config"]
     model = Classifier(config["settings"]["backbone"], config["n_outputs"], config["grid"], config["image_size"])
     model.load_state_dict(checkpoint["model"])
-    model.mean, model.std = config["mean"], config["std"]
     checkpoint["recipe"] = Recipe.from_text(checkpoint["recipe"])
     return model.to(DEVICE).eval(), checkpoint
 
@@ -386,7 +380,9 @@ def make_loaders(model, table, pictures, recipe, args, store):
     table: the rows of `pictures` in this training. What is stored is kept in `store`, for all trainings that share it.
     Fits the standardisation of a frozen backbone on the training pictures.
     """
-    views = args.views if args.views != "auto" else 4 * model.frozen
+    views = args.views
+    if views == "auto":
+        views = 4 if model.frozen else 0
     ways = {
         "train": (training_transform(model, recipe, args), views),
         "val": (evaluation_transform(model.image_size, model.mean, model.std), 1),
@@ -409,7 +405,7 @@ def make_loaders(model, table, pictures, recipe, args, store):
     workers = 0 if views else args.workers
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": DEVICE.type == "cuda"}
     sampler = EpochSampler(train, WORLD, RANK, seed=1000 * args.seed)
-    alone = len(sampler) % args.batch_size == 1  # a last batch of one picture has no batch statistics
+    alone = len(sampler) > 1 == len(sampler) % args.batch_size  # a last batch of one has no batch statistics
     mine = torch.utils.data.Subset(datasets["val"], range(RANK, len(datasets["val"]), WORLD))
     return {
         "train": DataLoader(train, args.batch_size, sampler=sampler, drop_last=alone, **options),
@@ -644,11 +640,9 @@ def table_of(pictures, args):
     return table[(table["split"] == "train") | ~table["copy"]]
 
 
-def prepare(args, pictures, recipe, store):
+def prepare(args, pictures, classes, recipe, store):
     """(model, loaders, facts) of one training; facts are what config.json and checkpoints say of the model."""
-    classes = classes_of(pictures, args.positive)
     model, origin = build_model(args, 1 if len(classes) == 2 else len(classes))
-    pictures = pictures.assign(label=label_of(pictures, classes))
     table = table_of(pictures, args)
     facts = {
         "classes": classes,
@@ -657,16 +651,16 @@ def prepare(args, pictures, recipe, store):
         "finetune": "head" if model.frozen else "all",
         "grid": model.grid,
         "image_size": model.image_size,
-        "mean": list(model.mean),
-        "std": list(model.std),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "pictures": table["split"].value_counts().to_dict(),
     }
     say(f"{run_folder(args)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    # A frozen backbone is the same in all trainings of a command, unless each seed has its own random weights.
-    own = args.seed if origin == "random initialisation" else "shared"
-    return model, make_loaders(model, table, pictures, recipe, args, store.setdefault(own, {})), facts
+    same = args.backbone, args.seed if origin == "random initialisation" else "any seed"
+    if store.get("of") != same:  # features of another backbone
+        store.clear()
+        store["of"] = same
+    return model, make_loaders(model, table, pictures, recipe, args, store), facts
 
 
 def run_folder(args):
@@ -682,7 +676,7 @@ def settings_of(args, pictures, recipe):
     return settings | {"pictures": zlib.crc32(names.encode())}
 
 
-def train_once(args, pictures, recipe, store):
+def train_once(args, pictures, classes, recipe, store):
     """One training from pictures to checkpoints: what `python train.py` is about. Returns the run folder."""
     run, settings = args.resume or run_folder(args), settings_of(args, pictures, recipe)
     if (run / "config.json").exists():
@@ -694,7 +688,7 @@ def train_once(args, pictures, recipe, store):
     if (run / "best.pt").exists():
         say(f"{run} is finished")
         return run
-    model, loaders, facts = prepare(args, pictures, recipe, store)
+    model, loaders, facts = prepare(args, pictures, classes, recipe, store)
     config = {"data_set": args.name or Path(args.data).resolve().name, **facts, "settings": settings}
     originals = pictures[(pictures["split"] == "train") & ~pictures["copy"]]
     run.mkdir(parents=True, exist_ok=True)
@@ -702,7 +696,9 @@ def train_once(args, pictures, recipe, store):
         write_json(run / "config.json", config)
         draw_transformed(run, originals, model, recipe, args)
     lr = args.lr
-    if lr == "auto" and not (run / "last.pt").exists():
+    if lr == "auto" and (run / "last.pt").exists():
+        lr = float(pd.read_csv(run / "epochs.csv")["lr"][0])
+    elif lr == "auto":
         lr = find_lr(model, loaders["train"], args, run)
     history, best_weights = fit(model, loaders, args, lr, run)
 
@@ -736,7 +732,8 @@ def draw_curves(run, history, title):
 def draw_transformed(run, originals, model, recipe, args):
     """Article, Figure 4: training pictures as the network sees them in its first epoch."""
     shown = originals.iloc[:: max(1, len(originals) // 9)].head(9).assign(label=0)
-    seen = Pictures(shown, training_transform(model, recipe, args), args.seed)
+    seed = DRAW_SEED if model.frozen and args.views else args.seed
+    seen = Pictures(shown, training_transform(model, recipe, args), seed)
     with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6)) as axes:
         axes.axis("off")  # one for all pictures: nine would take a second, and this is drawn for every fold
         for k, row in enumerate(shown.itertuples()):
@@ -760,7 +757,7 @@ class EveryCombination(optuna.samplers.RandomSampler):
         return self.combinations[trial.number % len(self.combinations)][name]
 
 
-def tune(args, pictures, recipe, store):
+def tune(args, pictures, classes, recipe, store):
     """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"): trials.csv and its history.
 
     The objective is the best validation loss of a trial, not the last. Trials are pruned at the median and write no
@@ -773,7 +770,7 @@ def tune(args, pictures, recipe, store):
         say(f"trial {trial.number}: {chosen}")
         chosen["seed"] = args.seed + trial.number // len(EveryCombination.combinations)
         trial_args = argparse.Namespace(**vars(args) | chosen)
-        model, loaders, _ = prepare(trial_args, pictures, recipe, store)
+        model, loaders, _ = prepare(trial_args, pictures, classes, recipe, store)
 
         def report(row):
             trial.report(row["val_loss"], row["epoch"])
@@ -832,11 +829,11 @@ def expand_backbones(names, params):
         if not matches:
             near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3, cutoff=0.3)
             raise InputError(f"--backbone {name!r} is not a timm model; the nearest: {', '.join(near)}")
-        for match in matches:
+        if params:
             with torch.device("meta"):
-                millions = sum(p.numel() for p in timm.create_model(match).parameters()) / 1e6 if params else 0
-            if not params or params[0] <= millions <= params[1]:
-                chosen.append(match)
+                sizes = [sum(p.numel() for p in timm.create_model(match).parameters()) / 1e6 for match in matches]
+            matches = [m for m, millions in zip(matches, sizes, strict=True) if params[0] <= millions <= params[1]]
+        chosen += matches
     return list(dict.fromkeys(chosen))
 
 
@@ -847,9 +844,7 @@ def make_parser():
     add("--params", nargs=2, type=float, metavar=("MIN", "MAX"), help="of patterns keep those of MIN-MAX million")
     add("--data", metavar="DIR", help="data set of convert.py (without it: the demo, at settings of its own)")
     add("--weights", default="auto", help="auto: pretrained, or random without the Hub; pretrained; random; or a file")
-    add(
-        "--finetune", choices=["head", "all"], help="what is trained (default: head with weights, all with random ones)"
-    )
+    add("--finetune", choices=["head", "all"], help="what is trained (default: head; all where weights are random)")
     add("--grid", type=int, metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
     add("--image-size", type=int, metavar="N", help="pixels a side (default: the backbone's own)")
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
@@ -938,24 +933,25 @@ def main():
     if "demo" in args:
         make_demo(args)
     pictures, recipe = find_pictures(trainings[0].data, ("train", "val"))
-    classes_of(pictures, args.positive)
+    classes = classes_of(pictures, trainings[0].positive)
+    pictures["label"] = label_of(pictures, classes)
     groups = pictures.groupby("phenotype")["group"].nunique()
     if args.folds > groups.min():
         raise InputError(f"--folds {args.folds}: {groups.idxmin()} has {groups.min()} samples or groups; use fewer")
     failures, results, store = [], [], {}
-    for before, training in zip([None, *trainings], trainings, strict=False):
-        if before and before.backbone != training.backbone:
-            store = {}  # of stored features, which the trainings of one backbone share
+    for training in trainings:
         if args.tune:
-            tune(training, pictures, recipe, store)
+            tune(training, pictures, classes, recipe, store)
             continue
         try:
-            results.append(train_once(training, pictures, recipe, store))
+            results.append(train_once(training, pictures, classes, recipe, store))
         except Exception as error:  # out of memory, an operator that is missing, a size that does not suit
             if len(trainings) == 1:
                 raise
             failures.append(f"{run_folder(training)}: {first_line(error)}")
             say(f"failed: {failures[-1]}")
+    if WORLD > 1:
+        dist.destroy_process_group()
     if results:
         say(f"next:\n  python evaluate.py {results[0] if len(results) == 1 else results[0].parents[1]}")
         say(f"  python explain.py {results[0]}")

@@ -225,8 +225,8 @@ def test_the_suggested_rate_lies_on_the_first_slope():
 
 
 def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(demo, tmp_path):
-    arguments = tiny(demo, "--grid", 3, "--epochs", 8)
-    whole = train_in(tmp_path, demo, "--grid", 3, "--epochs", 8, out="whole")
+    arguments = tiny(demo, "--grid", 3, "--epochs", 8, "--lr", "auto")
+    whole = train_in(tmp_path, demo, "--grid", 3, "--epochs", 8, "--lr", "auto", out="whole")
     command = [sys.executable, ROOT / "train.py", *arguments, "--out", "killed"]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL)
     killed = tmp_path / "killed/demo/test_resnet/seed2643"
