@@ -32,7 +32,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, Recipe, run_script, whole_file
-from deeplcms import find_runs, first_few, histogram_of_run, picture_of_run, read_table, read_text
+from deeplcms import find_runs, first_few, histogram_of_run, number, picture_of_run, read_table, read_text
 from deeplcms import write_json, write_table, write_text
 
 STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
@@ -247,7 +247,7 @@ def find_axes(runs, args):
     for i in (0, 2):
         if axes[i] == axes[i + 1]:  # one scan or one m/z: as numpy.histogram2d does
             axes[i], axes[i + 1] = axes[i] - 0.5, axes[i] + 0.5
-    return axes, failures
+    return [float(value) for value in axes], failures
 
 
 def convert(args):
@@ -279,6 +279,9 @@ def convert(args):
         print(f"{len(statistics)} of {len(present)} runs are already converted in {out_dir}; its axes stay as they are")
     for name, result in for_each(write_pictures, tasks, args.workers, "converting"):
         (failures if isinstance(result, Exception) else statistics)[name] = result
+    if not statistics:
+        (out_dir / "settings.json").unlink()  # they were wrong: the next command need not keep to them
+        raise InputError(f"no run became a picture; the first: {next(iter(failures.values()))}")
     report(out_dir, table, recipe, statistics, failures)
     return 1 if failures else 0
 
@@ -402,8 +405,12 @@ def write_demo_run(path, seed, index, exposed):
 def write_demo(args):
     """Write OUT_DIR/raw/*.mzML and samples.csv, and OUT_DIR/features.csv in the form of an MS-DIAL alignment export."""
     raw_dir, numbers = Path(args.raw_dir), range(args.runs)
+    if Path(args.out_dir, "settings.json").exists() and not raw_dir.exists():
+        raise InputError(f"{args.out_dir} holds another data set: use another folder")
     print(f"the demo cohort: {args.runs} synthetic runs in {raw_dir}, their compounds in {args.out_dir}/features.csv")
     raw_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in raw_dir.glob(".*.tmp.mzML"):  # of a command that was killed
+        leftover.unlink()
     samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers], "cohort": str(args.seed)})
     samples["phenotype"] = [DEMO_PHENOTYPES[i % 2] for i in numbers]
     if Path(args.samples).exists() and not read_table(args.samples).equals(samples):
@@ -438,21 +445,21 @@ def parse_arguments(argv=None):
     add("out_dir", nargs="?", help="folder for the pictures")
     # A flag that is a setting of the picture has the name of its field in Recipe, and goes there by itself.
     add = parser.add_argument_group("picture").add_argument
-    add("--bins", type=int, nargs="+", default=[500], help="one number for both axes, or time and m/z")
+    add("--bins", type=number(int, 1), nargs="+", default=[500], help="one number for both axes, or time and m/z")
     add("--rt-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="minutes (default: holds every run)")
     add("--mz-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="m/z (default: holds every run)")
     add("--normalize", choices=["rt", "global"], default="rt", help="by the highest bin of a time, or of the run")
-    add("--min-intensity", type=float, default=0.0, help="leave weaker peaks out")
-    add("--sigma", type=float, default=2.0, help="of the Gaussian filter, in bins; 0: none")
+    add("--min-intensity", type=number(float, 0), default=0.0, help="leave weaker peaks out")
+    add("--sigma", type=number(float, 0), default=2.0, help="of the Gaussian filter, in bins; 0: none")
     add("--colormap", default="jet", choices=list(matplotlib.colormaps), metavar="NAME", help="of matplotlib")
     add = parser.add_argument_group("shifted copies of training pictures").add_argument
-    add("--augment", type=int, default=0, metavar="N", help="copies of each training picture (article: 9)")
-    add("--max-shift", type=int, default=5, metavar="PIXELS", help="largest shift on either axis")
+    add("--augment", type=number(int, 0), default=0, metavar="N", help="copies of each training picture (article: 9)")
+    add("--max-shift", type=number(int, 0), default=5, metavar="PIXELS", help="largest shift on either axis")
     add = parser.add_argument_group("split, for tables without a split column").add_argument
     add("--test", type=float, default=0.1, help="share of all runs for the test split")
     add("--val", type=float, default=0.2, help="share of the other runs for validation")
     add("--group-by", metavar="COLUMN", help="rows that share this column's value stay in one split")
-    add("--seed", type=int, default=2643, help="of splits, shifts and the demo cohort")
+    add("--seed", type=number(int, 0), default=2643, help="of splits, shifts and the demo cohort")
     add = parser.add_argument_group("demo and machine").add_argument
     add(
         "--demo",
@@ -461,8 +468,8 @@ def parse_arguments(argv=None):
         metavar="OUT_DIR",
         help=f"make a synthetic cohort there, with {DEMO_DEFAULTS}",
     )
-    add("--runs", type=int, default=280, help="size of the demo cohort")
-    add("--workers", type=int, default=os.cpu_count(), help="processes, each with one file at a time")
+    add("--runs", type=number(int, 8), default=280, help="size of the demo cohort")
+    add("--workers", type=number(int, 1), default=os.cpu_count(), help="processes, each with one file at a time")
     args = parser.parse_args(argv)
     if args.demo:
         parser.set_defaults(**DEMO_DEFAULTS)
@@ -472,14 +479,14 @@ def parse_arguments(argv=None):
     args.bins = args.bins * 2 if len(args.bins) == 1 else args.bins
     if args.out_dir is None:
         parser.error("needs RAW_DIR, SAMPLES.csv and OUT_DIR (or --demo)")
-    if len(args.bins) != 2 or min(args.bins) < 1:
-        parser.error("--bins takes one or two numbers of at least 1")
+    if len(args.bins) != 2:
+        parser.error("--bins takes one or two numbers")
     for low, high in filter(None, (args.rt_range, args.mz_range)):
         if not low < high:
             parser.error(f"a range needs MIN below MAX, not {low:g} {high:g}")
     if not (0 < args.test < 1 and 0 < args.val < 1):
         parser.error("--test and --val are shares between 0 and 1")
-    if not 0 <= args.augment < (2 * args.max_shift + 1) ** 2 or args.max_shift >= min(args.bins):
+    if args.augment >= (2 * args.max_shift + 1) ** 2 or args.max_shift >= min(args.bins):
         parser.error(f"--max-shift {args.max_shift} does not allow {args.augment} different copies of {args.bins} bins")
     return args
 

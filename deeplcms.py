@@ -189,7 +189,8 @@ def files_of(paths):
     """[Path] of files, and of the runs in those that are folders."""
     files = []
     for path in map(Path, paths):
-        files += find_runs(path).values() if path.is_dir() else [path]
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files += [file for file in inside if file.name.lower().endswith(RUN_SUFFIXES)] or [path]
     return files
 
 
@@ -348,13 +349,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def number_or(word, kind):
-    """Type of a flag: a number, or that word."""
+def number(kind, low, word=None):
+    """Type of a flag: an int or float of at least `low`, or that word."""
 
-    def number(text):
-        return text if text == word else kind(text)
+    def parse(text):
+        if text == word:
+            return text
+        if not kind(text) >= low:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+        return kind(text)
 
-    return number
+    return parse
 
 
 @contextmanager
@@ -391,7 +396,7 @@ def read_table(path, skiprows=0, **options):
             header = file.readlines()[skiprows]
         separator = max(",;\t", key=header.count)
         return pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
-    except (ValueError, IndexError) as error:  # of pandas, too: ragged lines, no columns, not UTF-8
+    except (ValueError, IndexError, OSError) as error:  # of pandas, too: ragged lines, no columns, not UTF-8
         raise InputError(f"{path}: is no table of text ({first_line(error)})") from None
 
 

@@ -23,7 +23,7 @@ from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankd
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from deeplcms import SPLITS, InputError, Parser, figure, number_or, run_script, write_json, write_table, write_text
+from deeplcms import SPLITS, InputError, Parser, figure, number, run_script, write_json, write_table, write_text
 from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, in_turn
 from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, read_picture
 from train import DEVICE, Pictures, collect, evaluation_transform, find_run, load_run, predict
@@ -305,8 +305,9 @@ def predict_files(run, files, threshold=0.5, out=None):
         rows.append(row | {"warning": warnings_of(statistics, checkpoint["cohort"])})
     table = pd.DataFrame(rows)
     print(f"{title_of(checkpoint, checkpoint['config']['data_set'])}\n{rule}\n")
-    print(table.to_string(index=False, float_format="{:.4f}".format))
-    if out:
+    if rows:
+        print(table.to_string(index=False, float_format="{:.4f}".format))
+    if rows and out:
         write_table(out, table)
     for failure in failures:
         print(f"left out: {failure}", file=sys.stderr)
@@ -337,9 +338,10 @@ def table_of(runs):
         row |= {"parameters_millions": config["parameters"] / 1e6, "best_epoch": int(best["epoch"])}
         row |= {name: best[name] for name in epochs if name.startswith(("train_", "val_"))}
         row |= {"seconds": epochs["seconds"].sum(), "notes": ", ".join(cautions(config)), "run": str(run)}
-        row |= {"seed": settings.pop("seed"), "fold": settings.pop("fold")}
+        fold = settings.pop("fold")
+        row |= {"seed": settings.pop("seed"), "fold": "" if fold is None else fold}
         rows.append(row | {"folder": f"{run.parts[-3]}/{run.parts[-2]}", "settings": json.dumps(settings)})
-    return pd.DataFrame(rows).fillna({"fold": ""}).sort_values("val_loss", ignore_index=True)
+    return pd.DataFrame(rows).sort_values("val_loss", ignore_index=True)
 
 
 def replicates_of(table):
@@ -444,7 +446,7 @@ def make_parser():
     add("--data", metavar="DIR", help="another data set, or where the run's own has moved")
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
     threshold = "call class 1 from this probability on; val chooses it on the validation split"
-    add("--threshold", type=number_or("val", float), default=0.5, metavar="P|val", help=threshold)
+    add("--threshold", type=number(float, 0, "val"), default=0.5, metavar="P|val", help=threshold)
     add = parser.add_argument_group("new raw runs").add_argument
     files = "mzML or mzXML files, or folders of them; an existing --out is never replaced"
     add("--predict", nargs="+", metavar="FILE", help=files)
@@ -458,7 +460,7 @@ def main():
     if len(runs) > 1:
         if args.predict or args.data or args.split != "test" or args.threshold != 0.5:
             parser.error(f"--predict, --data, --split and --threshold take one run, not {len(runs)}")
-        return compare(runs, args.out)
+        return compare(runs, args.out or (args.runs[0] if len(args.runs) == 1 else None))
     if args.predict:
         return predict_files(runs[0], args.predict, args.threshold, args.out)
     return evaluate(runs[0], args.data, args.split, args.threshold, args.out)

@@ -19,6 +19,7 @@ features.csv, and faithfulness.json: by how much the probability drops when a pi
 import difflib
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from deeplcms import RUN_SUFFIXES, SPLITS, InputError, Parser, figure, label_axes, run_script, write_json, write_table
 from deeplcms import called_class, check_recipe, colours, files_of, first_line, in_turn, picture_of_run
-from deeplcms import read_picture, read_table, read_text
+from deeplcms import number, read_picture, read_table, read_text
 from evaluate import held_out, title_of
 from train import DEVICE, evaluation_transform, find_run, load_run, to_channels_first
 
@@ -184,19 +185,19 @@ COLUMNS = {
 }
 
 
-def read_features(path, query=None):
-    """Table of features with cleaned column names, and rt (minutes), mz and name, found by the usual titles.
+def read_features(path, recipe, query=None):
+    """Table of features inside the axes, columns cleaned, with rt (minutes), mz and name found by the usual titles.
 
     An alignment or peak export of MS-DIAL (four lines before the header or none) or any table with rt, mz and name. The
     query is pandas', on the cleaned names; whoever types it owns the shell, so it may do what pandas lets it.
     """
-    for skip in (0, 4):
-        table = read_table(path, skip, dtype=None, keep_default_na=True)
-        table.columns = [re.sub(r"[^0-9a-z]+", "_", title.strip().lower()) for title in table]  # as pyjanitor does
-        found = {kind: next((name for name in names if name in table), None) for kind, names in COLUMNS.items()}
-        if found["rt"] and found["mz"]:
-            break
-    else:
+    options = {"dtype": None, "keep_default_na": True}
+    table, skip = read_table(path, **options), 0
+    if table.columns[0].startswith("Unnamed"):
+        table, skip = read_table(path, 4, **options), 4
+    table.columns = [re.sub(r"[^0-9a-z]+", "_", title.strip().lower()) for title in table]  # as pyjanitor does
+    found = {kind: next((name for name in names if name in table), None) for kind, names in COLUMNS.items()}
+    if not (found["rt"] and found["mz"]):
         raise InputError(f"{path}: no columns of retention time ('Average Rt(min)', 'rt') and m/z ('Average Mz', 'mz')")
     for column in table.filter(like="annotation_tag"):
         table[column] = table[column].astype(str).str.removesuffix(".0")  # == '430' works whatever the column holds
@@ -207,16 +208,17 @@ def read_features(path, query=None):
             raise InputError(f"{path}, row {row + skip + 2}: {found[kind]} {table[found[kind]][row]} is not a number")
         table[kind] = values
     table["name"] = table[found["name"]].fillna("") if found["name"] else ""
-    if query:
-        n = len(table)
-        try:
-            table = table.query(query, engine="python")
-        except Exception as error:  # of pandas and of Python, by what is wrong
-            columns = ", ".join(table.columns)
-            raise InputError(f"--query {query!r}: {first_line(error)} (columns: {columns})") from None
-        if table.empty:
-            raise InputError(f"--query {query!r} selects none of the {n} features")
-    return table
+    try:
+        table = table.query(query, engine="python") if query else table
+    except Exception as error:  # of pandas and of Python, by what is wrong
+        columns = ", ".join(table.columns)
+        raise InputError(f"--query {query!r}: {first_line(error)} (columns: {columns})") from None
+    x, y = recipe.to_fraction(table["rt"], table["mz"])
+    inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
+    print(f"features: {path}, {inside.sum()} inside the axes, {(~inside).sum()} outside")
+    if not inside.any():
+        raise InputError(f"{path}: no feature is left (--query? retention times in seconds?)")
+    return table[inside]
 
 
 def peak_weights(centres, n, spread):
@@ -239,19 +241,14 @@ def over_peaks(map_, x, y, recipe, mean):
 
 
 def rank_features(table, evidence, heats, recipe):
-    """The features inside the axes in the order of evidence, with rank, evidence, and the mean of each map of heat."""
+    """The features in the order of evidence, with rank, evidence, and the mean of each map of heat."""
     x, y = recipe.to_fraction(table["rt"], table["mz"])
-    inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
-    print(f"{inside.sum()} features inside the axes, {(~inside).sum()} outside")
-    if not inside.any():
-        raise InputError("none of the features lies inside the axes of the pictures (retention times in minutes?)")
-    table, x, y = table[inside], x[inside], y[inside]
-    table = table.drop(columns=["rank", "drop", "drop_se"], errors="ignore")  # of an earlier answer
     own = {"rt": table["rt"], "mz": table["mz"], "name": table["name"]}
     own["evidence"] = over_peaks(evidence, x, y, recipe, mean=False)
     for name, heat in heats.items():
         own[f"heat_{name}"] = over_peaks(heat, x, y, recipe, mean=True)
-    table = pd.DataFrame(own).join(table.drop(columns=own, errors="ignore"))
+    earlier = ["rank", "drop", "drop_se", *own]  # columns of an earlier answer
+    table = pd.DataFrame(own).join(table.drop(columns=earlier, errors="ignore"))
     table = table.sort_values("evidence", ascending=False, kind="stable")
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table
@@ -369,16 +366,22 @@ def overlay(path, evidence, table, recipe, title, n_names=10):
 
 def read_input(files, recipe):
     """Table (sample_name, phenotype) and pictures [uint8 (height, width, 3)] of raw runs, PNGs, or folders of runs."""
-    rows, pictures = [], []
-    for path in files_of(files):
-        phenotype = ""
-        if path.name.lower().endswith(RUN_SUFFIXES):
-            pictures.append(picture_of_run(path, recipe)[0])
-        else:
-            check_recipe(read_text(path)[1], recipe, path)
-            pictures.append(read_picture(path))
-            phenotype = path.resolve().parent.name
-        rows.append({"sample_name": path.name.partition(".")[0], "phenotype": phenotype})
+    rows, pictures, failures = [], [], []
+    for path in tqdm(files_of(files), desc="reading", unit="file", disable=None):
+        is_run = path.name.lower().endswith(RUN_SUFFIXES)
+        try:
+            if not is_run:
+                check_recipe(read_text(path)[1], recipe, path)
+            pictures.append(picture_of_run(path, recipe)[0] if is_run else read_picture(path))
+        except (InputError, OSError) as error:
+            failures.append(error)
+            continue
+        name, phenotype = path.name.partition(".")[0], "" if is_run else path.resolve().parent.name
+        rows.append({"sample_name": name, "phenotype": phenotype})
+    if not rows:
+        raise failures[0]
+    for failure in failures:
+        print(f"left out: {failure}", file=sys.stderr)
     return pd.DataFrame(rows), pictures
 
 
@@ -397,7 +400,9 @@ def explain(args):
         pictures = [read_picture(path) for path in table["path"]]
     path = Path(args.features or Path(args.data or settings["data"]) / "features.csv")
     wanted = args.features or args.query or path.exists()
-    features = read_features(path, args.query) if wanted else None  # now: a bad table should not cost two minutes
+    features = (
+        read_features(path, recipe, args.query) if wanted else None
+    )  # now: a bad table should not cost two minutes
 
     scores = Scores(model, recipe).to(DEVICE).eval()
     transform = evaluation_transform(model.image_size, model.mean, model.std)
@@ -458,7 +463,7 @@ def parse_arguments(argv=None):
     add("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
     files = "pictures of convert.py, raw runs, or folders of raw runs, in place of a split"
     add("--input", nargs="+", metavar="FILE", help=files)
-    add("--n", type=int, default=9, help="pictures in cam_grid.png")
+    add("--n", type=number(int, 1), default=9, help="pictures in cam_grid.png")
     add = parser.add_argument_group("map").add_argument
     add("--class", dest="class_name", metavar="NAME", help="phenotype to explain (default: the positive one)")
     add("--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: the deepest that is not coarse)")
@@ -466,8 +471,8 @@ def parse_arguments(argv=None):
     features = "MS-DIAL export or table with rt (minutes), mz, name (default: the data set's features.csv, if any)"
     add("--features", metavar="CSV", help=features)
     add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
-    add("--top", type=int, default=50, help="features of the ranking to confirm by blanking")
-    add("--seed", type=int, default=2643, help="of the pictures in the grid and the random map")
+    add("--top", type=number(int, 0), default=50, help="features of the ranking to confirm by blanking")
+    add("--seed", type=number(int, 0), default=2643, help="of the pictures in the grid and the random map")
     return parser.parse_args(argv)
 
 

@@ -30,6 +30,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +54,7 @@ from tqdm import tqdm
 
 from convert import STATISTICS
 from deeplcms import InputError, Parser, Recipe, figure, run_script, whole_file, write_json, write_table
-from deeplcms import find_pictures, first_few, first_line, label_of, metrics_of, number_or, read_picture
+from deeplcms import find_pictures, first_few, first_line, label_of, metrics_of, number, read_picture
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
 ARTICLE = """
@@ -786,6 +787,7 @@ def tune(args, pictures, classes, recipe, store):
         return best_of(history)["val_loss"]
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of its figures
     folder = run_folder(args).parent / "tune"
     folder.mkdir(parents=True, exist_ok=True)
     question = {k: value for k, value in settings_of(args, pictures, recipe).items() if k not in SEARCH} | SEARCH
@@ -845,35 +847,46 @@ def make_parser():
     add("--data", metavar="DIR", help="data set of convert.py (without it: the demo, at settings of its own)")
     add("--weights", default="auto", help="auto: pretrained, or random without the Hub; pretrained; random; or a file")
     add("--finetune", choices=["head", "all"], help="what is trained (default: head; all where weights are random)")
-    add("--grid", type=int, metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
-    add("--image-size", type=int, metavar="N", help="pixels a side (default: the backbone's own)")
+    add("--grid", type=number(int, 1), metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
+    add("--image-size", type=number(int, 1), metavar="N", help="pixels a side (default: the backbone's own)")
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=50, help="at most")
-    add("--patience", type=int, default=10, help="stop after so many without a better validation loss")
-    add("--batch-size", type=int, default=32, help="pictures a step, of each process")
-    add("--lr", type=number_or("auto", float), default="auto", help="learning rate, or auto: range test")
+    add("--epochs", type=number(int, 1), default=50, help="at most")
+    add("--patience", type=number(int, 1), default=10, help="stop after so many without a better validation loss")
+    add("--batch-size", type=number(int, 1), default=32, help="pictures a step, of each process")
+    add("--lr", type=number(float, 1e-12, "auto"), default="auto", help="learning rate, or auto: range test")
     add("--optimizer", choices=list(OPTIMIZERS), default="adamax", help="the article's best is adamax")
     add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's best is cosine")
-    add("--weight-decay", type=float, default=2e-5, help="L2 penalty (adamw: decoupled)")
+    add("--weight-decay", type=number(float, 0), default=2e-5, help="L2 penalty (adamw: decoupled)")
     add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
     add = parser.add_argument_group("augmentation of training pictures").add_argument
-    add("--rotate", type=float, default=5.0, metavar="DEGREES", help="largest rotation")
-    add("--color-jitter", type=float, default=0.25, help="strength of brightness, contrast and saturation changes")
-    add("--erase", type=float, default=1.0, metavar="P", help="probability of erasing a rectangle")
+    add("--rotate", type=number(float, 0), default=5.0, metavar="DEGREES", help="largest rotation")
+    add(
+        "--color-jitter",
+        type=number(float, 0),
+        default=0.25,
+        help="strength of brightness, contrast and saturation changes",
+    )
+    add("--erase", type=number(float, 0), default=1.0, metavar="P", help="probability of erasing a rectangle")
     views = "frozen backbone: store the features of K draws of each picture (auto: 4); 0: fresh draws every epoch"
-    add("--views", type=number_or("auto", int), default="auto", metavar="auto|K", help=views)
+    add("--views", type=number(int, 0, "auto"), default="auto", metavar="auto|K", help=views)
     add = parser.add_argument_group("experiments").add_argument
-    add("--repeats", type=int, default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
-    add("--folds", type=int, default=0, metavar="K", help="cross-validation over training and validation together")
-    add("--tune", type=int, default=0, metavar="N", help="Optuna trials over the combinations of SEARCH")
+    add("--repeats", type=number(int, 1), default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
+    add(
+        "--folds",
+        type=number(int, 0),
+        default=0,
+        metavar="K",
+        help="cross-validation over training and validation together",
+    )
+    add("--tune", type=number(int, 0), default=0, metavar="N", help="Optuna trials over the combinations of SEARCH")
     add("--storage", metavar="URL", help="Optuna database that processes share (default: in the tune folder)")
     add("--shuffle-labels", action="store_true", help="control: must fall to chance")
     add = parser.add_argument_group("machine and output").add_argument
-    add("--seed", type=int, default=2643, help="of initial weights, order and draws")
+    add("--seed", type=number(int, 0), default=2643, help="of initial weights, order and draws")
     # With a GPU all cores can load; on a CPU the network needs most of them.
     workers = os.cpu_count() if torch.cuda.is_available() else max(1, os.cpu_count() // 4)
-    add("--workers", type=int, default=workers, help="processes that load pictures")
+    add("--workers", type=number(int, 0), default=workers, help="processes that load pictures")
     add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
     add("--name", help="in place of the data set's name")
     add("--resume", type=Path, metavar="RUN", help="go on with a training, as the same command would")
@@ -889,8 +902,8 @@ def parse_arguments(argv=None):
         parser.set_defaults(data="demo", **DEMO)
         args = parser.parse_args(argv)
         args.demo = True
-    if args.folds == 1 or min(args.folds, args.tune) < 0 or min(args.epochs, args.batch_size, args.repeats) < 1:
-        parser.error("--epochs, --batch-size and --repeats are at least 1, --folds 0 or at least 2")
+    if args.folds == 1:
+        parser.error("--folds takes at least 2")
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():
         parser.error(f"--weights {args.weights}: no such file (nor auto, pretrained or random)")
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp

@@ -273,6 +273,8 @@ def test_tables_from_spreadsheets_read_the_same(tmp_path):
         "r s o --bins 4 --augment 1",
         "r s o --colormap jett",
         "r s o --bogus",
+        "r s o --workers 0",
+        "r s o --sigma -1",
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(flags, capsys):
@@ -323,7 +325,9 @@ def test_ranges_in_seconds_are_told_from_minutes(tmp_path):
     raw, samples = write_cohort(tmp_path, list("abcdefghij"))
     done = call("convert.py", raw, samples, "out", "--test", 0.2, "--rt-range", 60, 120, *FAST[3:], cwd=tmp_path)
     assert done.returncode == 1 and not list(tmp_path.glob("out/*/*/*.png"))
-    assert "a.mzML: no peak inside the axes, 60.00-120.00 min, m/z 100.00-300.00; its own are 0.00-1.95" in done.stderr
+    assert done.stderr.startswith("convert.py: no run became a picture; the first: ") and done.stderr.count("\n") == 1
+    assert "no peak inside the axes, 60.00-120.00 min, m/z 100.00-300.00; its own are 0.00-1.95" in done.stderr
+    assert run("convert.py", raw, samples, "out", "--test", 0.2, *FAST, cwd=tmp_path) == (0, "")  # put right
 
 
 def test_odd_files_end_in_a_picture_or_a_reason(odd_files):

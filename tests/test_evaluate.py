@@ -208,14 +208,14 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     table_run(tmp_path, "convnext_nano", 1, 0.35, origin="random initialisation")
     table_run(tmp_path, "vgg11", 1, 0.69, shuffle_labels=True)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
-    table = pd.read_csv(tmp_path / "golestan/comparison.csv", keep_default_na=False).set_index("backbone")
+    table = pd.read_csv(tmp_path / "comparison.csv", keep_default_na=False).set_index("backbone")
     assert list(table.index) == ["mobileone_s3", "pixels", "convnext_nano", "resnet18", "vgg11"]
     columns = ["parameters_millions", "best_epoch", "val_loss", "val_f1", "seconds", "train_loss"]
     best = table.loc["mobileone_s3", columns].tolist()  # of the best epoch, not of the last
     assert best == pytest.approx([8.1, 2, 0.26, 0.95, 30, 0.2])
     assert table["notes"].tolist()[:4] == ["", "no network", "random initialisation", ""]
     assert "shuffled" in table["notes"]["vgg11"]
-    text = (tmp_path / "golestan/comparison.md").read_text()
+    text = (tmp_path / "comparison.md").read_text()
     header = next(line for line in text.splitlines() if line.startswith("| data set"))
     columns = ["data set", "backbone", "parameters millions", "best epoch", "train loss", "val loss"]
     columns += ["val accuracy", "val F1", "val precision", "val recall", "seconds"]
@@ -252,7 +252,7 @@ def test_replicates_are_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
         table_run(tmp_path, "mixed", seed, 0.5, optimizer=("adam", "rmsprop")[seed])
     table_run(tmp_path, "once", 0, 0.2)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
-    table = pd.read_csv(tmp_path / "golestan/replicates.csv").set_index("replicates_of")
+    table = pd.read_csv(tmp_path / "replicates.csv").set_index("replicates_of")
     runs = {"golestan/mobileone_s3": 5, "golestan/pixels (no network)": 3, "golestan/resnet18": 5}
     runs |= {"golestan/vgg11": 5, "golestan/resnet18 (trained on shuffled labels)": 2}
     assert table["runs"].to_dict() == runs
@@ -260,9 +260,9 @@ def test_replicates_are_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
     assert table["val_loss_median"]["golestan/mobileone_s3"] == pytest.approx(0.29)
     deviation = np.std(LOSSES["mobileone_s3"], ddof=1)
     assert table["val_loss_deviation"]["golestan/mobileone_s3"] == pytest.approx(deviation)
-    pairs = pd.read_csv(tmp_path / "golestan/dunn.csv")["pair"]
+    pairs = pd.read_csv(tmp_path / "dunn.csv")["pair"]
     assert len(pairs) == 1 + 6 and not pairs.str.contains("shuffled").any()  # a control is not a contender
-    assert (tmp_path / "golestan/replicates.png").exists()
+    assert (tmp_path / "replicates.png").exists()
 
 
 def test_one_backbone_on_several_data_sets_is_compared_by_data_set(tmp_path):

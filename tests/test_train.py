@@ -396,7 +396,9 @@ def test_bad_input_ends_in_one_clear_line(demo, tmp_path, flags, words):
     assert not list(tmp_path.glob("runs/demo/*/seed*/best.pt"))
 
 
-@pytest.mark.parametrize("flags", ["--data demo", "--backbone pixels --folds 1", "--backbone x --weights gone.pt"])
+@pytest.mark.parametrize(
+    "flags", ["--data demo", "--backbone x --folds 1", "--backbone x --weights gone.pt", "--backbone x --lr -1"]
+)
 def test_wrong_usage_is_one_line_and_status_2(flags, capsys):
     with pytest.raises(SystemExit) as end:
         train.parse_arguments(flags.split())
