@@ -461,13 +461,8 @@ def parse_arguments(argv=None):
     add("--group-by", metavar="COLUMN", help="rows that share this column's value stay in one split")
     add("--seed", type=number(int, 0), default=2643, help="of splits, shifts and the demo cohort")
     add = parser.add_argument_group("demo and machine").add_argument
-    add(
-        "--demo",
-        nargs="?",
-        const="demo",
-        metavar="OUT_DIR",
-        help=f"make a synthetic cohort there, with {DEMO_DEFAULTS}",
-    )
+    demo = f"make a synthetic cohort there, with {DEMO_DEFAULTS}"
+    add("--demo", nargs="?", const="demo", metavar="OUT_DIR", help=demo)
     add("--runs", type=number(int, 8), default=280, help="size of the demo cohort")
     add("--workers", type=number(int, 1), default=os.cpu_count(), help="processes, each with one file at a time")
     args = parser.parse_args(argv)

@@ -81,7 +81,7 @@ def held_out(checkpoint, data, split):
 
 def logits_of(model, pictures):
     """Logits (N, 1 or K) of a table of pictures."""
-    dataset = Pictures(pictures, evaluation_transform(model.image_size, model.mean, model.std))
+    dataset = Pictures(pictures, evaluation_transform(model))
     workers = min(4, os.cpu_count()) if len(pictures) >= 256 else 0  # starting them takes longer than 256 pictures
     loader = DataLoader(dataset, 32, num_workers=workers)
     logits = collect(predict(model, tqdm(loader, desc="classifying", disable=None, leave=False)))[0].numpy()
@@ -227,7 +227,7 @@ def draw_calibration(path, labels, probabilities, classes, title):
     with figure(path, title, size=(6.4, 6.2), nrows=2, sharex=True, height_ratios=[3, 1]) as (ax, below):
         ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
         bars = np.abs(np.transpose(limits) - bins["share"].to_numpy())  # (2, bins): below and above
-        ax.errorbar(bins["probability"], bins["share"], bars, fmt="o-", capsize=3, label="observed, Wilson interval")
+        ax.errorbar(bins["probability"], bins["share"], bars, fmt="o", capsize=3, label="observed, Wilson interval")
         ax.set(ylabel=f"share that is {classes[1]}" if two else "share called rightly", ylim=(-0.03, 1.03))
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
         filled, _, bars = below.hist(probability, n_bins, range=(0, 1), color="lightsteelblue", edgecolor="white")
@@ -288,7 +288,7 @@ def predict_files(run, files, threshold=0.5, out=None):
         raise InputError(f"--out {out} exists already; give another name")
     model, checkpoint = load_run(run)
     classes = checkpoint["config"]["classes"]
-    transform = evaluation_transform(model.image_size, model.mean, model.std)
+    transform = evaluation_transform(model)
     threshold, rule = choose_threshold(model, checkpoint, threshold)
     rows, failures = [], []
     for path in tqdm(files_of(files), desc="predicting", unit="file", disable=None):
@@ -297,9 +297,9 @@ def predict_files(run, files, threshold=0.5, out=None):
         except (InputError, OSError) as error:
             failures.append(error)
             continue
-        x = transform(torch.from_numpy(picture).permute(2, 0, 1).contiguous()).contiguous()
         with torch.inference_mode():
-            p = probabilities_of(model(x[None].to(DEVICE)).cpu())
+            x = transform(picture).contiguous()[None]
+            p = probabilities_of(model(x.to(DEVICE)).cpu())
         row = {"file": str(path), "called": classes[called_class(p, threshold)[0]]}
         row |= {f"probability_{name}": value for name, value in zip(classes, p[0], strict=True)}
         rows.append(row | {"warning": warnings_of(statistics, checkpoint["cohort"])})
@@ -416,12 +416,12 @@ def compare(runs, out=None):
     shown = table[[*columns, "seconds", "seed", "fold", "notes"]].rename(columns=words)
     text = [f"# {len(table)} runs", "The best epoch by validation loss, sorted by it.", markdown(shown)]
     if replicates := replicates_of(table):
-        medians = pd.DataFrame({label: rows[metrics].median() for label, rows in replicates.items()}).T
-        deviations = pd.DataFrame({label: rows[metrics].std() for label, rows in replicates.items()}).T
+        together = pd.concat(replicates, names=["replicates_of"]).groupby(level=0, sort=False)[metrics]
+        medians, deviations = together.median(), together.std()
         cells = medians.map("{:.3f}".format) + " ± " + deviations.map("{:.3f}".format)
-        cells["runs"] = [len(rows) for rows in replicates.values()]
+        cells["runs"] = together.size()
         numbers = medians.add_suffix("_median").join(deviations.add_suffix("_deviation")).join(cells["runs"])
-        write_table(out / "replicates.csv", numbers.rename_axis("replicates_of").reset_index())
+        write_table(out / "replicates.csv", numbers.reset_index())
         text += ["## Replicates", "Median ± standard deviation; see replicates.png.", markdown(cells.reset_index())]
         draw_replicates(out / "replicates.png", replicates, metrics)
     contenders = {label: rows for label, rows in replicates.items() if "shuffled" not in label}

@@ -272,7 +272,8 @@ def blanking(scores, u, k, table, recipe):
         x, y = recipe.to_fraction(row.rt, row.mz)
         box = ((at - y).abs() <= half_y)[:, None] & ((at - x).abs() <= half_x)
         drop = whole - score(u.masked_fill(box, 0))
-        drops.append((drop.mean().item(), drop.std().item() / len(u) ** 0.5))
+        error = drop.std().item() / len(u) ** 0.5 if len(u) > 1 else math.nan
+        drops.append((drop.mean().item(), error))
     return pd.DataFrame(drops, index=table.index, columns=["drop", "drop_se"])
 
 
@@ -405,9 +406,8 @@ def explain(args):
     )  # now: a bad table should not cost two minutes
 
     scores = Scores(model, recipe).to(DEVICE).eval()
-    transform = evaluation_transform(model.image_size, model.mean, model.std)
-    x = [transform(torch.from_numpy(rgb).permute(2, 0, 1).contiguous()) for rgb in pictures]
-    u = (torch.stack(x) - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
+    x = torch.stack([evaluation_transform(model)(picture) for picture in pictures])
+    u = (x - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
     p = [scores.probabilities(batch).detach().cpu() for batch in batches_of(u, "classifying")]
     p = torch.cat(p).numpy()  # (N, K)
     called = called_class(p)

@@ -107,11 +107,11 @@ def progress(batches, title):
 # ---------------------------------------------------------------- pictures
 
 
-def evaluation_transform(size, mean, std):
-    """uint8 (3, H, W) -> float (3, size, size): squashed, never cropped, as position is the measurement."""
-    squash = v2.Resize((size, size))
+def evaluation_transform(model):
+    """uint8 (H, W, 3) -> float (3, size, size): squashed, never cropped, as position is the measurement."""
+    squash = v2.Resize((model.image_size, model.image_size))
     scale = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([squash, scale, v2.Normalize(mean, std)])
+    return v2.Compose([v2.ToImage(), squash, scale, v2.Normalize(model.mean, model.std), v2.ToPureTensor()])
 
 
 def training_transform(model, recipe, args):
@@ -121,7 +121,7 @@ def training_transform(model, recipe, args):
     uncovered means "nothing measured", not a peak. The jitter comes last, so that it changes that colour, too.
     """
     zero = [float(channel) / 255 for channel in recipe.zero_colour()]
-    squash, scale, normalise = evaluation_transform(model.image_size, model.mean, model.std).transforms
+    *before, normalise, after = evaluation_transform(model).transforms
     augmentation = [
         v2.Normalize(zero, [1, 1, 1]),
         v2.RandomRotation(args.rotate, v2.InterpolationMode.BILINEAR),
@@ -129,7 +129,7 @@ def training_transform(model, recipe, args):
         v2.Normalize([-channel for channel in zero], [1, 1, 1]),
         v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter),
     ]
-    return v2.Compose([squash, scale, *augmentation, normalise])
+    return v2.Compose([*before, *augmentation, normalise, after])
 
 
 class Pictures(Dataset):
@@ -149,10 +149,9 @@ class Pictures(Dataset):
     def __getitem__(self, key):
         i, epoch = key if isinstance(key, tuple) else (key, 0)
         name = zlib.crc32(self.paths[i].name.encode())
-        pixels = torch.from_numpy(read_picture(self.paths[i])).permute(2, 0, 1).contiguous()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, name]).generate_state(1)[0]))
-            return self.transform(pixels).contiguous(), self.labels[i]
+            return self.transform(read_picture(self.paths[i])).contiguous(), self.labels[i]
 
 
 class StoredFeatures(Dataset):
@@ -386,7 +385,7 @@ def make_loaders(model, table, pictures, recipe, args, store):
         views = 4 if model.frozen else 0
     ways = {
         "train": (training_transform(model, recipe, args), views),
-        "val": (evaluation_transform(model.image_size, model.mean, model.std), 1),
+        "val": (evaluation_transform(model), 1),
     }
     datasets = {}
     for split, (transform, n_draws) in ways.items():

@@ -42,21 +42,22 @@ def train_in(tmp_path, data, *flags, backbone="test_resnet", out="runs"):
 
 
 def test_a_pixel_in_each_corner_is_still_there_after_the_evaluation_transform():
-    picture = torch.zeros(3, 100, 140, dtype=torch.uint8)
-    picture[:, :2, :2] = picture[:, :2, -2:] = picture[:, -2:, :2] = picture[:, -2:, -2:] = 255
-    squashed = train.evaluation_transform(50, (0, 0, 0), (1, 1, 1))(picture)
+    picture = np.zeros((100, 140, 3), np.uint8)
+    picture[:2, :2] = picture[:2, -2:] = picture[-2:, :2] = picture[-2:, -2:] = 255
+    model = argparse.Namespace(image_size=50, mean=(0, 0, 0), std=(1, 1, 1))
+    squashed = train.evaluation_transform(model)(picture)
     assert squashed.shape == (3, 50, 50) and squashed[0, 10:40, 10:40].max() == 0
     assert squashed[0, [0, 0, -1, -1], [0, -1, 0, -1]].min() > 0.5
 
 
 def test_augmentation_uncovers_the_colour_of_zero_intensity():
     recipe, model = Recipe(0, 1, 0, 1), argparse.Namespace(image_size=60, mean=(0, 0, 0), std=(1, 1, 1))
-    zero = torch.tensor(recipe.zero_colour())  # dark blue in jet
+    zero = recipe.zero_colour()  # dark blue in jet
     args = argparse.Namespace(rotate=30, color_jitter=0, erase=1)
     transform = train.training_transform(model, recipe, args)
     for _ in range(5):
-        drawn = transform(zero.view(3, 1, 1).expand(3, 60, 60).contiguous())
-        assert (drawn - (zero / 255).view(3, 1, 1)).abs().max() < 0.01
+        drawn = transform(np.tile(zero, (60, 60, 1)))
+        assert (drawn - torch.tensor(zero / 255)[:, None, None]).abs().max() < 0.01
 
 
 def test_a_draw_depends_on_seed_epoch_and_file_alone(demo):
@@ -197,7 +198,7 @@ def test_best_pt_is_the_epoch_of_lowest_validation_loss_and_gives_its_figures_ba
     assert checkpoint["recipe"].rt_max == 10.0 and len(checkpoint["cohort"]["total_intensity"]) > 20
     pictures, _ = deeplcms.find_pictures(demo, ("val",))
     pictures = pictures.assign(label=deeplcms.label_of(pictures, checkpoint["config"]["classes"]))
-    data = Pictures(pictures, train.evaluation_transform(model.image_size, model.mean, model.std))
+    data = Pictures(pictures, train.evaluation_transform(model))
     logits, labels = train.collect(train.predict(model, torch.utils.data.DataLoader(data, 3)))
     assert train.loss_of(logits, labels).item() == pytest.approx(best["val_loss"], abs=1e-5)
     assert deeplcms.metrics_of(labels.numpy(), logits)["accuracy"] == pytest.approx(best["val_accuracy"])
@@ -261,7 +262,7 @@ def test_stored_features_equal_fresh_draws(demo, tmp_path):
 def test_branches_are_fused_for_extraction_alone_and_give_the_same_features(demo, name):
     pictures, _ = deeplcms.find_pictures(demo, ("val",))
     model = Classifier(name, 1, image_size=64).freeze().eval()
-    data = Pictures(pictures[:3].assign(label=0), train.evaluation_transform(64, model.mean, model.std))
+    data = Pictures(pictures[:3].assign(label=0), train.evaluation_transform(model))
     parts = len(list(model.modules()))
     [stored] = train.extract_features(model, data, 1, argparse.Namespace(workers=0, amp=False))
     with torch.inference_mode():
