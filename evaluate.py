@@ -38,7 +38,7 @@ they are not independent): a small p speaks of training, not of new people."""
 
 def words(name):
     """'val_roc_auc' -> 'val ROC AUC'"""
-    return name.replace("_", " ").replace("roc auc", "ROC AUC").replace("f1", "F1").replace("index", "")
+    return name.replace("_", " ").replace("roc auc", "ROC AUC").replace("f1", "F1")
 
 
 def cautions(config):
@@ -340,7 +340,7 @@ def table_of(runs):
         row |= {"seconds": epochs["seconds"].sum(), "notes": ", ".join(cautions(config)), "run": str(run)}
         fold = settings.pop("fold")
         row |= {"seed": settings.pop("seed"), "fold": "" if fold is None else fold}
-        rows.append(row | {"folder": f"{run.parts[-3]}/{run.parts[-2]}", "settings": json.dumps(settings)})
+        rows.append(row | {"folder": "/".join(run.resolve().parts[-3:-1]), "settings": json.dumps(settings)})
     return pd.DataFrame(rows).sort_values("val_loss", ignore_index=True)
 
 
@@ -427,8 +427,9 @@ def compare(runs, out=None):
     contenders = {label: rows for label, rows in replicates.items() if "shuffled" not in label}
     if len(contenders) > 1:
         tests = tests_of(contenders, metrics)
-        write_table(out / "dunn.csv", tests.rename_axis("pair").reset_index())
-        text += ["## Tests", TESTS, markdown(tests.reset_index())]
+        tests = tests.rename_axis("pair").reset_index()
+        write_table(out / "dunn.csv", tests)
+        text += ["## Tests", TESTS, markdown(tests)]
     write_text(out / "comparison.md", "\n\n".join(text))
     print("\n\n".join(text) + f"\n\nresults: {out}/")
 
