@@ -444,7 +444,7 @@ def explain(args):
     write_json(out / "faithfulness.json", result)
     if features is not None:
         ranking = rank_features(features, evidence, heats, recipe)
-        of_class = (table["phenotype"] == class_name).to_numpy()
+        of_class = np.array(table["phenotype"] == class_name)
         drops = blanking(scores, u[of_class] if of_class.any() else u, k, ranking.head(args.top), recipe)
         ranking = ranking.join(drops)
         write_table(out / "features.csv", ranking)

@@ -184,7 +184,9 @@ def benchmark_views(args):
         n_train = (pictures["split"] == "train").sum()
         n = 4 * n_train + (~pictures["copy"] & (pictures["split"] == "val")).sum()
         print(f"{args.backbone}, {args.image_size} x {args.image_size}, {n_train} training pictures\n")
-        extraction = seconds(train.prepare, settings, pictures, recipe, {})
+        classes = train.classes_of(pictures)
+        pictures["label"] = deeplcms.label_of(pictures, classes)
+        extraction = seconds(train.prepare, settings, pictures, classes, recipe, {})
 
         model, _ = train.build_model(settings, 1)
         fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
