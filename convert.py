@@ -424,14 +424,19 @@ def write_demo(args):
 
     compounds = demo_compounds(np.random.default_rng([args.seed, 0]))
     compounds = compounds.sort_values("rt").round({"rt": 3, "mz": 5})
-    features = pd.DataFrame({"Alignment ID": compounds.index}, index=compounds.index)
-    features["Average Rt(min)"], features["Average Mz"] = compounds["rt"], compounds["mz"]
-    features["Ontology"] = np.where(compounds["planted"], "planted", "background")
-    features["Metabolite name"] = [f"{kind} {k:03d}" for k, kind in features["Ontology"].items()]
-    features["MS/MS matched"] = features.index % 3 == 0
-    features["Annotation tag (VS1.0)"] = np.where(features["MS/MS matched"], 430, 530)
+    kind = np.where(compounds["planted"], "planted", "background")
+    known = compounds.index % 3 == 0
+    columns = {
+        "Alignment ID": compounds.index,
+        "Average Rt(min)": compounds["rt"],
+        "Average Mz": compounds["mz"],
+        "Metabolite name": [f"{k} {i:03d}" for i, k in zip(compounds.index, kind, strict=True)],
+        "Ontology": kind,
+        "MS/MS matched": known,
+        "Annotation tag (VS1.0)": np.where(known, 430, 530),
+    }
     above = "".join(f"{',' * 6}{title}\n" for title in ("Class", "File type", "Injection order", "Batch ID"))
-    write_text(Path(args.out_dir) / "features.csv", above + features.to_csv(index=False))
+    write_text(Path(args.out_dir) / "features.csv", above + pd.DataFrame(columns).to_csv(index=False))
 
 
 # ---------------------------------------------------------------- command line

@@ -115,7 +115,8 @@ def histogram_of_run(path, recipe):
             sums[cuts[:-1] == cuts[1:]] = 0  # reduceat gives an empty slice its first element
             counts[column] += sums
     if n_peaks == 0:
-        raise InputError(f"{path.name}: holds no MS1 peaks of intensity {recipe.min_intensity:g} or more")
+        threshold = f" of intensity {recipe.min_intensity:g} or more" if recipe.min_intensity else ""
+        raise InputError(f"{path.name}: holds no MS1 peaks{threshold}")
     statistics = {"n_scans": n_scans, "n_peaks": n_peaks, "total_intensity": total}
     statistics |= {"rt_first": float(min(rts)), "rt_last": float(max(rts))}
     statistics |= {"mz_low": float(min(lows)), "mz_high": float(max(highs))}

@@ -829,7 +829,7 @@ def expand_backbones(names, params):
         matches = timm.list_models(name) if set(name) & set("*?[") else []
         if not matches:
             near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3, cutoff=0.3)
-            raise InputError(f"--backbone {name!r} is not a timm model; the nearest: {', '.join(near)}")
+            raise InputError(f"--backbone {name!r} is not a timm model; the nearest: {', '.join(near) or 'none'}")
         if params:
             with torch.device("meta"):
                 sizes = [sum(p.numel() for p in timm.create_model(match).parameters()) / 1e6 for match in matches]
