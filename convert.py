@@ -32,7 +32,16 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, Recipe, run_script, whole_file
-from deeplcms import find_runs, first_few, histogram_of_run, number, picture_of_run, read_table, read_text
+from deeplcms import (
+    find_runs,
+    first_difference,
+    first_few,
+    histogram_of_run,
+    number,
+    picture_of_run,
+    read_table,
+    read_text,
+)
 from deeplcms import write_json, write_table, write_text
 
 STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
@@ -224,11 +233,9 @@ def check_settings(out_dir, settings):
             raise InputError(f"{out_dir} already holds pictures that convert.py did not make: use another OUT_DIR")
         return None
     before = json.loads(path.read_text(encoding="utf-8"))
-    for name in settings:
-        if before.get(name) != settings[name]:
-            was, now = before.get(name), settings[name]
-            what = "other samples or splits" if name == "samples" else f"{name} {was}, not {now}"
-            raise InputError(f"{out_dir} was converted with {what}: use another OUT_DIR, or delete this one")
+    if differing := first_difference(before, settings):
+        what = "other samples or splits" if differing[0] == "samples" else "{} {}, not {}".format(*differing)
+        raise InputError(f"{out_dir} was converted with {what}: use another OUT_DIR, or delete this one")
     return before["axes"]
 
 

@@ -186,12 +186,16 @@ def find_runs(folder):
     return runs
 
 
+def is_run(path):
+    return path.name.lower().endswith(RUN_SUFFIXES)
+
+
 def files_of(paths):
     """[Path] of files, and of the runs in those that are folders."""
     files = []
     for path in map(Path, paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
-        files += [file for file in inside if file.name.lower().endswith(RUN_SUFFIXES)] or [path]
+        files += [file for file in inside if is_run(file)] or [path]
     return files
 
 
@@ -229,10 +233,9 @@ def in_turn(pictures, n, seed):
 
 def check_recipe(recipe, expected, path):
     """Refuse pictures of another kind: on other axes the same pixel is another compound."""
-    for name, value in asdict(recipe).items():
-        if value != getattr(expected, name):
-            other = f"{name} is {value}, not {getattr(expected, name)}"
-            raise InputError(f"{path}: another kind of picture than the others or the run's: {other}")
+    if differing := first_difference(asdict(recipe), asdict(expected)):
+        other = "{} is {}, not {}".format(*differing)
+        raise InputError(f"{path}: another kind of picture than the others or the run's: {other}")
 
 
 def read_text(path):
@@ -401,6 +404,11 @@ def read_table(path, skiprows=0, **options):
         raise InputError(f"{path}: is no table of text ({first_line(error)})") from None
 
 
+def first_difference(before, now):
+    """(name, value before, value now) of the first setting that differs, None if all of `now` are the same."""
+    return next(((name, before.get(name), now[name]) for name in now if before.get(name) != now[name]), None)
+
+
 def first_line(error):
     """Of an exception's message: libraries like to write pages."""
     return str(error).strip().partition("\n")[0][:150] or type(error).__name__
@@ -421,6 +429,11 @@ def figure(path, title, size, **subplots):
     yield axes
     with whole_file(path) as temporary:
         drawing.savefig(temporary, dpi=150)
+
+
+def show(axis, map_, recipe, **options):
+    """A map or picture on its axes in minutes and m/z."""
+    return axis.imshow(map_, extent=recipe.extent(), aspect="auto", **options)
 
 
 def label_axes(axes):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, figure, number, run_script, write_json, write_table, write_text
 from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, in_turn
-from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, read_picture
+from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, read_picture, show
 from train import DEVICE, Pictures, collect, evaluation_transform, find_run, load_run, predict
 
 RESAMPLES, SEED = 2000, 2643
@@ -244,7 +244,7 @@ def draw_prediction_matrix(path, pictures, probabilities, called, checkpoint, ti
             k = 1 if len(classes) == 2 else called[row.Index]
             right = called[row.Index] == row.label
             colour = "#1a8a3a" if right else "#d62728"
-            axis.imshow(read_picture(row.path), extent=recipe.extent(), aspect="auto")
+            show(axis, read_picture(row.path), recipe)
             text = f"{row.sample_name[:30]}: P({classes[k]}) = {probabilities[row.Index, k]:.3f}"
             text += f"\ntrue phenotype: {row.phenotype} ({'right' if right else 'wrong'})"
             axis.set_title(text, color=colour, fontsize=10)

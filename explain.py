@@ -31,9 +31,9 @@ from torch.nn import functional as F
 from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
-from deeplcms import RUN_SUFFIXES, SPLITS, InputError, Parser, figure, label_axes, run_script, write_json, write_table
-from deeplcms import called_class, check_recipe, colours, files_of, first_line, in_turn, picture_of_run
-from deeplcms import number, read_picture, read_table, read_text
+from deeplcms import SPLITS, InputError, Parser, figure, label_axes, run_script, write_json, write_table
+from deeplcms import called_class, check_recipe, colours, files_of, first_line, in_turn, is_run
+from deeplcms import number, picture_of_run, read_picture, read_table, read_text, show
 from evaluate import held_out, title_of
 from train import DEVICE, evaluation_transform, find_run, load_run, to_channels_first
 
@@ -70,9 +70,9 @@ class Scores(nn.Module):
         z = self.model(u + self.zero)
         return torch.cat([-z, z], 1) if z.shape[1] == 1 else z
 
-    def probabilities(self, u):
-        """Probability of each class (N, K), as everywhere; the pair (-z, z) is twice as far apart as its one logit."""
-        return torch.softmax(self(u).double() / (2 if self.model.n_outputs == 1 else 1), 1)
+    def probabilities(self, z):
+        """Scores (N, K) -> probabilities (N, K); the pair (-z, z) is twice as far apart as its one logit."""
+        return torch.softmax(z.double() / (2 if self.model.n_outputs == 1 else 1), 1)
 
 
 def choose_layers(model, names=None):
@@ -97,6 +97,13 @@ def choose_layers(model, names=None):
 
 
 # ---------------------------------------------------------------- heat and evidence
+
+
+@torch.inference_mode()
+def scores_of(scores, u, title=None):
+    """Scores (N, K), on the CPU, of all pictures u (N, 3, size, size); with a progress bar where there is a title."""
+    batches = tqdm(u.split(2 * BATCH), desc=title, unit="batch", disable=None if title else True, leave=False)
+    return torch.cat([scores(batch.to(DEVICE)).cpu() for batch in batches])
 
 
 def resized(maps, shape):
@@ -142,9 +149,10 @@ def evidence_map(scores, u, k):
     """
     gradient, p = 0, []
     for batch in batches_of(u, "evidence"):
-        (found,) = torch.autograd.grad(scores(batch)[:, k].sum(), batch)
+        z = scores(batch)
+        (found,) = torch.autograd.grad(z[:, k].sum(), batch)
         gradient = gradient + found.abs().sum(0).double().cpu() / len(u)
-        p.append(scores.probabilities(batch).detach().cpu())
+        p.append(scores.probabilities(z.detach()).cpu())
     p = torch.cat(p)
     alike = len(set(called_class(p.numpy()))) == 1
     weight = torch.ones_like(p[:, k]) if alike else p[:, k] - p[:, k].mean()
@@ -166,7 +174,7 @@ def faithfulness(scores, u, maps, k, seed):
     control = F.fold(cells[..., order], 256, 16, stride=16)[:, 0]
 
     def probability(u):
-        return torch.cat([scores.probabilities(batch)[:, k].cpu() for batch in batches_of(u, "faithfulness")])
+        return scores.probabilities(scores_of(scores, u, "faithfulness"))[:, k]
 
     whole, result = probability(u), {}
     for name, mask in (("map", maps), ("random_map", control)):
@@ -264,14 +272,11 @@ def blanking(scores, u, k, table, recipe):
     at = (torch.arange(size) + 0.5) / size
     half_x, half_y = (max(2 * max(recipe.sigma, 1) / bins, 0.5 / size) for bins in recipe.bins)
 
-    def score(u):
-        return torch.cat([scores(batch.to(DEVICE))[:, k].cpu() for batch in u.split(2 * BATCH)])
-
-    whole, drops = score(u), []
+    whole, drops = scores_of(scores, u)[:, k], []
     for row in tqdm(list(table.itertuples()), desc="blanking", unit="feature", disable=None, leave=False):
         x, y = recipe.to_fraction(row.rt, row.mz)
         box = ((at - y).abs() <= half_y)[:, None] & ((at - x).abs() <= half_x)
-        drop = whole - score(u.masked_fill(box, 0))
+        drop = whole - scores_of(scores, u.masked_fill(box, 0))[:, k]
         error = drop.std().item() / len(u) ** 0.5 if len(u) > 1 else math.nan
         drops.append((drop.mean().item(), error))
     return pd.DataFrame(drops, index=table.index, columns=["drop", "drop_se"])
@@ -293,11 +298,6 @@ def regions(map_, recipe, share=0.1, most=20):
         boxes.append((rt_min, rt_max, mz_min, mz_max, map_[rows, columns].max()))
     table = pd.DataFrame(boxes, columns=["rt_min", "rt_max", "mz_min", "mz_max", "heat"])
     return table.sort_values("heat", ascending=False).head(most)
-
-
-def show(axis, map_, recipe, **options):
-    """A map or picture on its axes in minutes and m/z."""
-    return axis.imshow(map_, extent=recipe.extent(), aspect="auto", **options)
 
 
 def intensity_of(rgb, recipe):
@@ -324,7 +324,6 @@ def cam_grid(path, shown, pictures, maps, recipe, title):
 
 def class_maps(path, heats, evidence, recipe, title):
     """Mean heat of the pictures of each phenotype, on one scale, and the evidence."""
-    heats = {name: heat for name, heat in heats.items() if name != "difference"}
     highest = max(heat.max() for heat in heats.values()) or 1
     panels = [(f"mean heat, {name}", heat, {"cmap": "inferno", "vmax": highest}) for name, heat in heats.items()]
     panels.append(("evidence, smoothed", evidence, {"cmap": "YlOrRd", "vmax": np.quantile(evidence, 0.999) or 1}))
@@ -369,15 +368,14 @@ def read_input(files, recipe):
     """Table (sample_name, phenotype) and pictures [uint8 (height, width, 3)] of raw runs, PNGs, or folders of runs."""
     rows, pictures, failures = [], [], []
     for path in tqdm(files_of(files), desc="reading", unit="file", disable=None):
-        is_run = path.name.lower().endswith(RUN_SUFFIXES)
         try:
-            if not is_run:
+            if not is_run(path):
                 check_recipe(read_text(path)[1], recipe, path)
-            pictures.append(picture_of_run(path, recipe)[0] if is_run else read_picture(path))
+            pictures.append(picture_of_run(path, recipe)[0] if is_run(path) else read_picture(path))
         except (InputError, OSError) as error:
             failures.append(error)
             continue
-        name, phenotype = path.name.partition(".")[0], "" if is_run else path.resolve().parent.name
+        name, phenotype = path.name.partition(".")[0], "" if is_run(path) else path.resolve().parent.name
         rows.append({"sample_name": name, "phenotype": phenotype})
     if not rows:
         raise failures[0]
@@ -401,15 +399,13 @@ def explain(args):
         pictures = [read_picture(path) for path in table["path"]]
     path = Path(args.features or Path(args.data or settings["data"]) / "features.csv")
     wanted = args.features or args.query or path.exists()
-    features = (
-        read_features(path, recipe, args.query) if wanted else None
-    )  # now: a bad table should not cost two minutes
+    # Before the work: a bad table should not cost two minutes.
+    features = read_features(path, recipe, args.query) if wanted else None
 
     scores = Scores(model, recipe).to(DEVICE).eval()
     x = torch.stack([evaluation_transform(model)(picture) for picture in pictures])
     u = (x - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
-    p = [scores.probabilities(batch).detach().cpu() for batch in batches_of(u, "classifying")]
-    p = torch.cat(p).numpy()  # (N, K)
+    p = scores.probabilities(scores_of(scores, u, "classifying")).numpy()  # (N, K)
     called = called_class(p)
     if len(set(called)) == 1:
         print(f"all are called {classes[called[0]]}: evidence is what differs from a blank picture, not covariance")
@@ -420,9 +416,6 @@ def explain(args):
     shape = recipe.bins[::-1]  # (n_mz, n_rt)
     maps = heat_maps(scores, layers, u, k, shape)
     heats = {name: maps[rows].mean(0) for name, rows in table.groupby("phenotype").indices.items()}
-    if len(heats) == 2:
-        (other,) = set(heats) - {class_name}
-        heats["difference"] = heats[class_name] - heats[other]
     evidence = evidence_map(scores, u, k)
     if evidence.max() < 1e-9:  # the demo's has 0.03
         print(f"warning: the evidence is {evidence.max():.1g} at most: the network answers to nothing, this is noise")
@@ -443,6 +436,9 @@ def explain(args):
         result |= faithfulness(scores, u[called_so], maps[called_so], k, args.seed)
     write_json(out / "faithfulness.json", result)
     if features is not None:
+        if len(heats) == 2:
+            (other,) = set(heats) - {class_name}
+            heats["difference"] = heats[class_name] - heats[other]
         ranking = rank_features(features, evidence, heats, recipe)
         of_class = np.array(table["phenotype"] == class_name)
         drops = blanking(scores, u[of_class] if of_class.any() else u, k, ranking.head(args.top), recipe)

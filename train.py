@@ -17,7 +17,6 @@ of batch norms, which each process takes of its own share.
 """
 
 import argparse
-import contextlib
 import copy
 import difflib
 import functools
@@ -54,7 +53,7 @@ from tqdm import tqdm
 
 from convert import STATISTICS
 from deeplcms import InputError, Parser, Recipe, figure, run_script, whole_file, write_json, write_table
-from deeplcms import find_pictures, first_few, first_line, label_of, metrics_of, number, read_picture
+from deeplcms import find_pictures, first_difference, first_few, first_line, label_of, metrics_of, number, read_picture
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
 ARTICLE = """
@@ -374,15 +373,20 @@ def extract_features(model, pictures, n_draws, args):
     return features.unflatten(0, (n_draws, len(pictures)))
 
 
+def views_of(model, args):
+    """How many draws of each training picture are stored as features; 0: fresh draws of the picture in every epoch."""
+    if args.views == "auto":
+        return 4 if model.frozen else 0
+    return args.views
+
+
 def make_loaders(model, table, pictures, recipe, args, store):
     """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
     table: the rows of `pictures` in this training. What is stored is kept in `store`, for all trainings that share it.
     Fits the standardisation of a frozen backbone on the training pictures.
     """
-    views = args.views
-    if views == "auto":
-        views = 4 if model.frozen else 0
+    views = views_of(model, args)
     ways = {
         "train": (training_transform(model, recipe, args), views),
         "val": (evaluation_transform(model), 1),
@@ -448,11 +452,10 @@ def train_batch(network, optimizer, scaler, x, y, args):
 
 
 @torch.inference_mode()
-def predict(model, loader, args=None):
-    """[(logits, labels)] of the batches of a loader, on the CPU; with the arguments of a training in its precision."""
+def predict(model, loader):
+    """[(logits, labels)] of the batches of a loader, on the CPU."""
     model.eval()
-    with autocast(args) if args else contextlib.nullcontext():
-        return [(model(x.to(DEVICE, non_blocking=True)).float().cpu(), y) for x, y in loader]
+    return [(model(x.to(DEVICE, non_blocking=True)).float().cpu(), y) for x, y in loader]
 
 
 def collect(outputs):
@@ -505,8 +508,11 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
         for x, y in progress(loaders["train"], f"epoch {epoch}/{args.epochs}"):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
 
+        with autocast(args):
+            held_out = predict(model, loaders["val"])
+
         row = {"epoch": epoch}
-        for split, batches in (("train", outputs), ("val", predict(model, loaders["val"], args))):
+        for split, batches in (("train", outputs), ("val", held_out)):
             logits, labels = collect(batches)
             row[f"{split}_loss"] = loss_of(logits, labels).item()
             row |= {f"{split}_{name}": float(value) for name, value in metrics_of(labels.numpy(), logits).items()}
@@ -514,7 +520,10 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
         history.append(row)
-        scheduler.step(*[row["val_loss"]] * (args.scheduler == "plateau"))
+        if args.scheduler == "plateau":
+            scheduler.step(row["val_loss"])
+        else:
+            scheduler.step()
         improved = best_of(history) is row
         if improved:
             best = trained_weights(model)
@@ -681,15 +690,14 @@ def train_once(args, pictures, classes, recipe, store):
     run, settings = args.resume or run_folder(args), settings_of(args, pictures, recipe)
     if (run / "config.json").exists():
         before = json.loads((run / "config.json").read_text())["settings"]
-        for name in settings:
-            if settings[name] != before.get(name):
-                other = f"{name} {before.get(name)}, not {settings[name]}"
-                raise InputError(f"{run} is a training with {other}: give another --out or --name")
+        if differing := first_difference(before, settings):
+            other = "{} {}, not {}".format(*differing)
+            raise InputError(f"{run} is a training with {other}: give another --out or --name")
     if (run / "best.pt").exists():
         say(f"{run} is finished")
         return run
     model, loaders, facts = prepare(args, pictures, classes, recipe, store)
-    config = {"data_set": args.name or Path(args.data).resolve().name, **facts, "settings": settings}
+    config = {"data_set": run_folder(args).parents[1].name, **facts, "settings": settings}
     originals = pictures[(pictures["split"] == "train") & ~pictures["copy"]]
     run.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -732,7 +740,7 @@ def draw_curves(run, history, title):
 def draw_transformed(run, originals, model, recipe, args):
     """Article, Figure 4: training pictures as the network sees them in its first epoch."""
     shown = originals.iloc[:: max(1, len(originals) // 9)].head(9).assign(label=0)
-    seed = DRAW_SEED if model.frozen and args.views else args.seed
+    seed = DRAW_SEED if views_of(model, args) else args.seed
     seen = Pictures(shown, training_transform(model, recipe, args), seed)
     with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6)) as axes:
         axes.axis("off")  # one for all pictures: nine would take a second, and this is drawn for every fold
