@@ -32,16 +32,8 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, Recipe, run_script, whole_file
-from deeplcms import (
-    find_runs,
-    first_difference,
-    first_few,
-    histogram_of_run,
-    number,
-    picture_of_run,
-    read_table,
-    read_text,
-)
+from deeplcms import find_runs, first_difference, first_few, histogram_of_run
+from deeplcms import number, picture_of_run, read_table, read_text
 from deeplcms import write_json, write_table, write_text
 
 STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
