@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, Recipe, run_script, whole_file
 from deeplcms import find_runs, first_difference, first_few, histogram_of_run
-from deeplcms import number, picture_of_run, read_table, read_text
+from deeplcms import number, picture_of_run, read_table, read_text, slow_waves
 from deeplcms import write_json, write_table, write_text
 
 STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
@@ -306,45 +306,55 @@ def report(out_dir, table, recipe, statistics, failures):
 
 # ---------------------------------------------------------------- demo: a cohort whose truth is known
 
-DEMO_PHENOTYPES = ("control", "exposed")  # the planted compounds occur in exposed runs only
-DEMO_MINUTES, DEMO_MZ = 10.0, (100.0, 900.0)
+DEMO_PHENOTYPES = ("control", "exposed")
+DEMO_BATCHES, DEMO_MINUTES, DEMO_MZ = 4, 10.0, (100.0, 900.0)
 DEMO_DEFAULTS = {"bins": [256], "test": 0.15, "rt_range": [0.0, DEMO_MINUTES], "mz_range": list(DEMO_MZ)}
 
 
-def demo_compounds(rng, n_planted=30, n_background=210):
-    """A made-up metabolome: planted and background compounds drawn from the same distributions.
+def demo_compounds(rng, n_planted=24, n_background=216):
+    """A made-up metabolome, and `fold`: the level of each compound in exposed people over that in controls.
 
-    `frequency` is the chance that a run holds the compound; for planted ones that a run of an exposed person does.
+    Planted compounds have a fold of 2-10, up or down, or are in exposed people only (infinity), as a drug is; all else
+    is drawn alike for planted and background ones. `frequency` is the chance that a run holds a compound at all.
     """
     n = n_planted + n_background
-    rt = rng.uniform(0.9, 9.0, n)  # minutes
-    compounds = {"planted": np.arange(n) < n_planted, "rt": rt}
-    compounds["mz"] = np.clip(rng.uniform(110, 700, n) + 20 * rt, *DEMO_MZ)  # later means larger, as on a C18 column
+    compounds = pd.DataFrame({"planted": np.arange(n) < n_planted, "rt": rng.uniform(0.9, 9.0, n)})  # minutes
+    compounds["mz"] = rng.uniform(110, 700, n) + 20 * compounds["rt"]  # later means larger, as on a C18 column
+    neighbours, of = np.arange(2 * n // 3, n), rng.integers(0, n, n - 2 * n // 3)  # a third overlaps with others
+    compounds.loc[neighbours, "rt"] = compounds["rt"].to_numpy()[of] + rng.normal(0, 0.1, len(of))
+    compounds.loc[neighbours, "mz"] = compounds["mz"].to_numpy()[of] + rng.normal(0, 6, len(of))
     compounds["log10_height"] = np.clip(rng.normal(5.8, 0.5, n), 5.0, 7.3)
     compounds["width"] = rng.uniform(2.5, 5.0, n)  # seconds, one standard deviation of the rising side
     compounds["tailing"] = rng.uniform(1.2, 3.0, n)  # falling side / rising side
-    compounds["frequency"] = rng.uniform(0.6, 0.9, n)
-    return pd.DataFrame(compounds)
+    compounds["frequency"] = rng.uniform(0.6, 0.95, n)
+    fold = np.exp(rng.uniform(np.log(2), np.log(10), n)) ** rng.choice([-1, 1], n)
+    fold[:3] = np.inf
+    compounds["fold"] = np.where(compounds["planted"], fold, 1.0)
+    return compounds
 
 
-def simulate_run(rng, compounds, lines, exposed):
-    """Scans [(seconds, m/z ascending, intensity)] of one synthetic centroided run."""
+def simulate_run(rng, compounds, lines, exposed, batch):
+    """Scans [(seconds, m/z ascending, intensity)] of one synthetic centroided run.
+
+    Measured in the faahKO runs (Saghatelian 2004), for peaks 33 s wide at half height: days differ by 2-24 s, slowly
+    along the gradient, runs of a day by 2 s; sensitivity by 20 %. Peaks are 6-24 s wide here and batches drift by 15 s
+    (standard deviation), as from column to column. People's levels differ by a factor of 2.2, a guess for human blood.
+    """
     times = np.arange(0, 60 * DEMO_MINUTES, 2.0)
     n = len(times)
     peaks = []  # (scan, m/z, intensity) arrays
 
-    # Every run drifts: retention by a shift and a stretch, mass by a few ppm, sensitivity by some per cent.
-    shift, stretch, ppm = rng.normal(0, 0.03), rng.normal(1, 0.003), rng.normal(0, 3)
-    sensitivity = rng.lognormal(0, 0.2)
-    here = rng.random(len(compounds)) < compounds["frequency"] * (exposed | ~compounds["planted"])
-    for compound in compounds[here].itertuples():
-        apex = 60 * (compound.rt * stretch + shift) + rng.normal(0, 0.5)
+    ppm, sensitivity, own = rng.normal(0, 3), rng.lognormal(0, 0.3), rng.normal(0, 3, 6)
+    drift = (batch + own) @ slow_waves(compounds["rt"] / DEMO_MINUTES) + rng.normal(0, 0.5, len(compounds))
+    level = compounds["fold"] ** (0.5 if exposed else -0.5)
+    level = level.replace([np.inf, 0], [1.0, 0.0]) * sensitivity * rng.lognormal(0, 0.8, len(compounds))
+    drawn = compounds.assign(apex=60 * compounds["rt"] + drift, top=10 ** compounds["log10_height"] * level)
+    for compound in drawn[rng.random(len(drawn)) < drawn["frequency"]].itertuples():
         rise, fall = compound.width, compound.width * compound.tailing
-        near = np.flatnonzero((times > apex - 4 * rise) & (times < apex + 4 * fall))
-        sides = np.where(times[near] < apex, rise, fall)
-        top = 10**compound.log10_height * sensitivity * rng.lognormal(0, 0.4)
-        shape = np.exp(-0.5 * ((times[near] - apex) / sides) ** 2)
-        profile = top * shape * rng.lognormal(0, 0.1, len(near))
+        near = np.flatnonzero((times > compound.apex - 4 * rise) & (times < compound.apex + 4 * fall))
+        sides = np.where(times[near] < compound.apex, rise, fall)
+        shape = np.exp(-0.5 * ((times[near] - compound.apex) / sides) ** 2)
+        profile = compound.top * shape * rng.lognormal(0, 0.1, len(near))
         carbons = compound.mz / 20
         for isotope, share in enumerate((1, 0.011 * carbons, (0.011 * carbons) ** 2 / 2)):
             peaks.append((near, compound.mz + 1.00336 * isotope, profile * share))
@@ -398,7 +408,14 @@ def write_demo_run(path, seed, index, exposed):
     cohort = np.random.default_rng([seed, 0])
     compounds = demo_compounds(cohort)
     lines = list(zip(cohort.uniform(*DEMO_MZ, 15), cohort.lognormal(np.log(2e4), 0.8, 15), strict=True))
-    write_mzml(path, simulate_run(np.random.default_rng([seed, 1, index]), compounds, lines, exposed))
+    batches = cohort.normal(0, 15, (DEMO_BATCHES, 6))
+    run = np.random.default_rng([seed, 1, index])
+    write_mzml(path, simulate_run(run, compounds, lines, exposed, batches[batch_of(index)]))
+
+
+def batch_of(index):
+    """Runs of both phenotypes, in turn, are in every batch."""
+    return index // 2 % DEMO_BATCHES
 
 
 def write_demo(args):
@@ -412,6 +429,7 @@ def write_demo(args):
         leftover.unlink()
     samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers], "cohort": str(args.seed)})
     samples["phenotype"] = [DEMO_PHENOTYPES[i % 2] for i in numbers]
+    samples["batch"] = [f"{batch_of(i) + 1}" for i in numbers]
     if Path(args.samples).exists() and not read_table(args.samples).equals(samples):
         raise InputError(f"{raw_dir} holds another cohort: use another folder or delete this one")
     write_table(args.samples, samples)
@@ -431,6 +449,7 @@ def write_demo(args):
         "Average Mz": compounds["mz"],
         "Metabolite name": [f"{k} {i:03d}" for i, k in zip(compounds.index, kind, strict=True)],
         "Ontology": kind,
+        "Fold change": compounds["fold"].round(2),
         "MS/MS matched": known,
         "Annotation tag (VS1.0)": np.where(known, 430, 530),
     }

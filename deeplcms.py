@@ -139,6 +139,24 @@ def colours(values, colormap):
     return np.ascontiguousarray(matplotlib.colormaps[colormap](values, bytes=True)[..., :3])
 
 
+def intensity_of(picture, colormap):
+    """Read back from the colours, uint8 (height, width, 3): the log intensity, float32 (height, width) in 0 ... 1."""
+    code = np.array([1 << 16, 1 << 8, 1])
+    table = colours(np.arange(256) / 255, colormap).astype(int) @ code
+    order = np.argsort(table, kind="stable")
+    place = np.searchsorted(table, picture.astype(int) @ code, sorter=order)
+    return (order[place.clip(0, 255)] / 255).astype(np.float32)
+
+
+def slow_waves(at):
+    """Waves (6, n) at fractions of an axis. c @ waves, c six normal numbers of deviation s, deviates by s everywhere.
+
+    So do retention time along the gradient and sensitivity along m/z drift from run to run.
+    """
+    phase = np.pi * np.asarray(at)
+    return np.array([wave(k * phase) / k**0.5 for k in (1, 2, 3) for wave in (np.sin, np.cos)]) / (11 / 6) ** 0.5
+
+
 def read_run(path, min_intensity=0.0):
     """Yield (retention time in minutes, m/z ascending, intensity) of every MS1 scan, weaker peaks left out.
 

@@ -32,7 +32,7 @@ from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, figure, label_axes, run_script, write_json, write_table
-from deeplcms import called_class, check_recipe, colours, files_of, first_line, in_turn, is_run
+from deeplcms import called_class, check_recipe, files_of, first_line, in_turn, intensity_of, is_run
 from deeplcms import number, picture_of_run, read_picture, read_table, read_text, show
 from evaluate import held_out, title_of
 from train import DEVICE, evaluation_transform, find_run, load_run, to_channels_first
@@ -300,21 +300,13 @@ def regions(map_, recipe, share=0.1, most=20):
     return table.sort_values("heat", ascending=False).head(most)
 
 
-def intensity_of(rgb, recipe):
-    """The picture's log intensity (0 ... 255) read back from its colours: jet in grey would draw rings around peaks."""
-    code = np.array([1 << 16, 1 << 8, 1])
-    table = colours(np.arange(256) / 255, recipe.colormap).astype(int) @ code
-    order = np.argsort(table, kind="stable")
-    return order[np.searchsorted(table, rgb.astype(int) @ code, sorter=order).clip(0, 255)]
-
-
 def cam_grid(path, shown, pictures, maps, recipe, title):
     """Article Figure 6: pictures with their phenotype and probability, map over picture."""
     n = math.ceil(math.sqrt(len(shown)))
     size = (3.4 * n + 1, 3 * n + 1)
     with figure(path, title, size, nrows=n, ncols=n, sharex=True, sharey=True, squeeze=False) as axes:
         for axis, row in zip(axes.flat, shown.itertuples(), strict=False):
-            show(axis, intensity_of(pictures[row.Index], recipe), recipe, cmap="gray")
+            show(axis, intensity_of(pictures[row.Index], recipe.colormap), recipe, cmap="gray")
             map_ = maps[row.Index]
             heat = np.sqrt((map_ - map_.min()) / (np.ptp(map_) or 1))  # the root shows weaker spots, too
             show(axis, heat, recipe, cmap="inferno", alpha=np.clip(0.15 + heat, 0, 0.9), vmin=0, vmax=1)

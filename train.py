@@ -53,7 +53,8 @@ from tqdm import tqdm
 
 from convert import STATISTICS
 from deeplcms import InputError, Parser, Recipe, figure, run_script, whole_file, write_json, write_table
-from deeplcms import find_pictures, first_difference, first_few, first_line, label_of, metrics_of, number, read_picture
+from deeplcms import colours, find_pictures, first_difference, first_few, first_line, intensity_of, label_of
+from deeplcms import metrics_of, number, read_picture, slow_waves
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
 ARTICLE = """
@@ -69,7 +70,7 @@ ARTICLE = """
 # What takes the place of the defaults when no --data is given, so that two CPU cores need minutes, not hours. In so few
 # and small batches MobileOne's loss has no descent yet that a range test could find: the rate is given. The whole
 # network is trained, with pretrained weights too: what was measured to work with and without a network.
-DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 20, "lr": 0.03, "erase": 0.0, "finetune": "all"}
+DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 20, "lr": 0.03, "finetune": "all"}
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
@@ -80,6 +81,13 @@ OPTIMIZERS = {
 SCHEDULERS = {
     "cosine": lambda optimizer, args: CosineAnnealingLR(optimizer, args.epochs),
     "plateau": lambda optimizer, args: ReduceLROnPlateau(optimizer, patience=max(1, args.patience // 3)),
+}
+
+# The article's augmentation is that of photographs; the other is what an instrument does (.github/EXPERIMENTS.md).
+AUGMENTATION = {
+    "physical": {"warp": 1.0, "gain": 0.3, "erase": 0.5, "erase_size": 0.01, "rotate": 0.0, "color_jitter": 0.0},
+    "article": {"warp": 0.0, "gain": 0.0, "erase": 1.0, "erase_size": 0.33, "rotate": 5.0, "color_jitter": 0.25},
+    "none": {"warp": 0.0, "gain": 0.0, "erase": 0.0, "erase_size": 0.01, "rotate": 0.0, "color_jitter": 0.0},
 }
 
 # What --tune tries, every combination of it: flags and their values.
@@ -114,21 +122,44 @@ def evaluation_transform(model):
 
 
 def training_transform(model, recipe, args):
-    """The evaluation transform with the article's augmentation ("Evaluating the final model", Figure 4) in between.
+    """The evaluation transform of the picture of a run that an instrument, or a camera, could have measured instead.
 
-    Rotation and erasing uncover 0. Colours are therefore measured from the colour of zero intensity meanwhile:
-    uncovered means "nothing measured", not a peak. The jitter comes last, so that it changes that colour, too.
+    What is moved or erased is log intensity, 0 ... 1: uncovered or erased means "nothing measured" in any colormap.
+    The article's augmentation ("Evaluating the final model", Figure 4) is --augmentation article.
     """
-    zero = [float(channel) / 255 for channel in recipe.zero_colour()]
-    *before, normalise, after = evaluation_transform(model).transforms
-    augmentation = [
-        v2.Normalize(zero, [1, 1, 1]),
+    steps = [
+        v2.Lambda(functools.partial(intensity_of, colormap=recipe.colormap)),
+        v2.ToImage(),  # (1, H, W)
+        InstrumentDrift(args.warp / 100, args.gain),
         v2.RandomRotation(args.rotate, v2.InterpolationMode.BILINEAR),
-        v2.RandomErasing(args.erase),
-        v2.Normalize([-channel for channel in zero], [1, 1, 1]),
+        v2.RandomErasing(args.erase, scale=(args.erase_size / 16, args.erase_size)),
+        v2.Lambda(lambda x: colours(x[0].numpy(), recipe.colormap)),
+        v2.ToImage(),
         v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter),
     ]
-    return v2.Compose([*before, *augmentation, normalise, after])
+    return v2.Compose([*steps, *evaluation_transform(model).transforms])
+
+
+class InstrumentDrift(nn.Module):
+    """Log intensity (1, H, W) of the same sample on another day: retention and sensitivity have drifted, smoothly.
+
+    warp: standard deviation of retention, a fraction of its axis; gain: of the logarithm of intensity along m/z. Mass
+    does not drift: a thousandth of a unit is nothing at these bins.
+    """
+
+    def __init__(self, warp, gain):
+        super().__init__()
+        self.warp, self.gain = warp, gain
+
+    def forward(self, x):
+        along_mz, along_rt = (
+            torch.randn(6) @ torch.from_numpy(slow_waves(np.linspace(0, 1, n))).float() for n in x.shape[1:]
+        )
+        grid = F.affine_grid(torch.eye(2, 3)[None], (1, *x.shape), align_corners=False)
+        grid[..., 0] += 2 * self.warp * along_rt  # the axes of a grid go from -1 to 1
+        x = F.grid_sample(x[None], grid, padding_mode="border", align_corners=False)[0]
+        intensity = (256**x - 1) * torch.exp(self.gain * along_mz)[:, None]
+        return (torch.log1p(intensity) / math.log(256)).clamp(max=1)
 
 
 class Pictures(Dataset):
@@ -571,7 +602,9 @@ def find_lr(model, loader, args, run=None):
     model.zero_grad()
     lr, reason, smooth = suggest_lr(rates, losses)
     if run and RANK == 0:
-        table = pd.DataFrame({"lr": rates, "loss": pd.Series(losses), "smoothed_loss": pd.Series(smooth)}).dropna()
+        table = pd.DataFrame(
+            {"lr": pd.Series(rates), "loss": pd.Series(losses), "smoothed_loss": pd.Series(smooth)}
+        ).dropna()
         write_table(run / "lr_find.csv", table)
         with figure(run / "lr_find.png", "Learning-rate range test", (6, 4)) as axes:
             axes.plot(table["lr"], table["loss"], color="0.8", label="loss of the batch")
@@ -867,14 +900,14 @@ def make_parser():
     add("--weight-decay", type=number(float, 0), default=2e-5, help="L2 penalty (adamw: decoupled)")
     add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
     add = parser.add_argument_group("augmentation of training pictures").add_argument
-    add("--rotate", type=number(float, 0), default=5.0, metavar="DEGREES", help="largest rotation")
-    add(
-        "--color-jitter",
-        type=number(float, 0),
-        default=0.25,
-        help="strength of brightness, contrast and saturation changes",
-    )
-    add("--erase", type=number(float, 0), default=1.0, metavar="P", help="probability of erasing a rectangle")
+    presets = "defaults of the flags below; article: rotation, jitter and full erasing"
+    add("--augmentation", choices=list(AUGMENTATION), default="physical", help=presets)
+    add("--warp", type=number(float, 0), metavar="PERCENT", help="drift of retention, of the time axis (deviation)")
+    add("--gain", type=number(float, 0), help="drift of sensitivity along m/z (deviation of its logarithm)")
+    add("--erase", type=number(float, 0), metavar="P", help="probability of erasing a rectangle")
+    add("--erase-size", type=number(float, 0), metavar="SHARE", help="its largest size, of the picture")
+    add("--rotate", type=number(float, 0), metavar="DEGREES", help="largest rotation")
+    add("--color-jitter", type=number(float, 0), metavar="F", help="of brightness, contrast and saturation")
     views = "frozen backbone: store the features of K draws of each picture (auto: 4); 0: fresh draws every epoch"
     add("--views", type=number(int, 0, "auto"), default="auto", metavar="auto|K", help=views)
     add = parser.add_argument_group("experiments").add_argument
@@ -902,6 +935,8 @@ def make_parser():
 
 def parse_arguments(argv=None):
     parser = make_parser()
+    args = parser.parse_args(argv)
+    parser.set_defaults(**AUGMENTATION[args.augmentation])
     args = parser.parse_args(argv)
     if not args.backbone and not args.resume:
         parser.error("needs --backbone (try: --backbone mobileone_s3)")

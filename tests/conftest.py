@@ -20,7 +20,20 @@ import train  # noqa: E402
 
 MODULES = {module.__name__: module for module in (convert, evaluate, explain, train)}
 PEAK = (4.37, 462.175)  # minutes and m/z of the article's morphine-3-glucuronide
-TINY = ["--weights", "random", "--image-size", 64, "--batch-size", 8, "--erase", 0, "--workers", 1, "--lr", 0.01]
+TINY = [
+    "--weights",
+    "random",
+    "--image-size",
+    64,
+    "--batch-size",
+    8,
+    "--augmentation",
+    "none",
+    "--workers",
+    1,
+    "--lr",
+    0.01,
+]
 
 
 def call(script, *arguments, cwd, root=ROOT, **options):
@@ -92,7 +105,7 @@ def make_cohort(folder, phenotypes):
 
 def train_pixels(data, *flags):
     """A run of the baseline on that cohort; it finds the compound within seconds."""
-    flags = ["--image-size", 64, "--epochs", 40, "--rotate", 0, "--color-jitter", 0, "--erase", 0, "--lr", 0.3, *flags]
+    flags = ["--image-size", 64, "--epochs", 40, "--augmentation", "none", "--lr", 0.3, *flags]
     assert run("train.py", "--backbone", "pixels", "--grid", 16, "--data", data, *flags, cwd=data.parent) == (0, "")
     return data.parent / "runs" / data.name / "pixels" / "seed2643"
 

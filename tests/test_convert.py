@@ -454,23 +454,36 @@ def test_conversion_never_loads_torch(tmp_path):
     assert done.returncode == 0
 
 
-def test_planted_compounds_differ_between_phenotypes_and_background_does_not():
+def test_planted_compounds_differ_by_their_fold_and_background_does_not():
     compounds = convert.demo_compounds(np.random.default_rng([7, 0]))
     heat = np.zeros((2, len(compounds)))
-    for i in range(16):
-        for seconds, mz, intensity in convert.simulate_run(np.random.default_rng([7, 1, i]), compounds, [], i % 2 == 1):
-            for k in np.flatnonzero(abs(compounds["rt"] * 60 - seconds) < 6):
+    for i in range(24):
+        rng = np.random.default_rng([7, 1, i])
+        for seconds, mz, intensity in convert.simulate_run(rng, compounds, [], i % 2 == 1, np.zeros(6)):
+            for k in np.flatnonzero(abs(compounds["rt"] * 60 - seconds) < 10):
                 low, high = np.searchsorted(mz, compounds["mz"][k] * (1 + np.array([-2e-5, 2e-5])))
                 heat[i % 2, k] += intensity[low:high].sum()
-    ratio = heat[1] / np.maximum(heat[0], 1)
-    assert np.median(ratio[compounds["planted"]]) > 20
-    assert 0.5 < np.median(ratio[~compounds["planted"]]) < 2
+    measured, fold = heat[1] / np.maximum(heat[0], 1), compounds["fold"]
+    assert measured[np.isinf(fold)].min() > 20
+    planted = compounds["planted"] & np.isfinite(fold)
+    assert (fold[planted] > 1).sum() > 5 and (fold[planted] < 1).sum() > 5  # up and down
+    assert np.corrcoef(np.log(measured[planted]), np.log(fold[planted]))[0, 1] > 0.8
+    assert 0.7 < np.median(measured[~compounds["planted"]]) < 1.4
+
+
+def test_batches_drift_smoothly_and_apart_and_hold_both_phenotypes(demo):
+    samples = deeplcms.read_table(demo / "raw/samples.csv")
+    assert (pd.crosstab(samples["batch"], samples["phenotype"]) == 5).all(axis=None)
+    at = np.linspace(0, 1, 200)
+    drifts = np.random.default_rng(1).normal(0, 15, (500, 6)) @ deeplcms.slow_waves(at)
+    assert np.allclose(drifts.std(0), 15, rtol=0.15)  # seconds, as the docstring says, everywhere
+    assert abs(np.diff(drifts, axis=1)).max() < 4  # from one two-hundredth of the gradient to the next
 
 
 def test_demo_files_and_another_seed_in_the_same_folder(demo):
     samples = deeplcms.read_table(demo / "raw/samples.csv")
     assert samples["phenotype"].value_counts().to_dict() == {"control": 20, "exposed": 20}
     features = pd.read_csv(demo / "features.csv", skiprows=4)
-    assert features["Ontology"].value_counts().to_dict() == {"background": 210, "planted": 30}
+    assert features["Ontology"].value_counts().to_dict() == {"background": 216, "planted": 24}
     status, line = run("convert.py", "--demo", demo, "--runs", 40, "--bins", 64, "--seed", 1, cwd=demo.parent)
     assert status == 1 and "holds another cohort" in line

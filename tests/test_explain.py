@@ -31,7 +31,7 @@ def network(two):
     """A small network trained on the cohort with the planted peak."""
     data = two[0]
     (data / "features.csv").write_text("\n".join([",,,,,,Class"] * 4 + MSDIAL) + "\n")
-    flags = ["--grid", 8, "--epochs", 25, "--rotate", 0, "--color-jitter", 0, "--patience", 25, "--lr", 0.02]
+    flags = ["--grid", 8, "--epochs", 25, "--patience", 25, "--lr", 0.02]
     assert run("train.py", "--backbone", "test_resnet", "--data", data, *TINY, *flags, cwd=data.parent) == (0, "")
     return data.parent / "runs" / data.name / "test_resnet" / "seed2643"
 

@@ -50,20 +50,41 @@ def test_a_pixel_in_each_corner_is_still_there_after_the_evaluation_transform():
     assert squashed[0, [0, 0, -1, -1], [0, -1, 0, -1]].min() > 0.5
 
 
-def test_augmentation_uncovers_the_colour_of_zero_intensity():
-    recipe, model = Recipe(0, 1, 0, 1), argparse.Namespace(image_size=60, mean=(0, 0, 0), std=(1, 1, 1))
-    zero = recipe.zero_colour()  # dark blue in jet
-    args = argparse.Namespace(rotate=30, color_jitter=0, erase=1)
+def drawn_by(recipe, picture, *flags):
+    """Draws of a picture by the augmentation of these flags, as uint8 (H, W, 3)."""
+    model = argparse.Namespace(image_size=len(picture), mean=(0, 0, 0), std=(1, 1, 1))
+    args = train.parse_arguments(["--backbone", "pixels", "--data", "x", "--image-size", "60", *flags])
     transform = train.training_transform(model, recipe, args)
-    for _ in range(5):
-        drawn = transform(np.tile(zero, (60, 60, 1)))
-        assert (drawn - torch.tensor(zero / 255)[:, None, None]).abs().max() < 0.01
+    return [(255 * transform(picture)).round().byte().permute(1, 2, 0).numpy() for _ in range(5)]
+
+
+def test_augmentation_uncovers_the_colour_of_zero_intensity():
+    recipe = Recipe(0, 1, 0, 1)
+    blank = np.tile(recipe.zero_colour(), (60, 60, 1))  # dark blue in jet
+    for flags in (["--augmentation", "article", "--color-jitter", "0"], ["--erase", "1", "--warp", "9"]):
+        assert all(np.array_equal(drawn, blank) for drawn in drawn_by(recipe, blank, *flags))
+
+
+def test_none_is_the_evaluation_transform_and_physical_moves_spots_along_time_alone():
+    recipe, values = Recipe(0, 1, 0, 1), np.zeros((60, 60))
+    values[18:21, 28:33] = values[40:43, 28:33] = 0.6
+    picture = deeplcms.colours(values, recipe.colormap)
+    assert all(np.array_equal(drawn, picture) for drawn in drawn_by(recipe, picture, "--augmentation", "none"))
+    places = set()
+    for drawn in drawn_by(recipe, picture, "--warp", "5", "--gain", "0", "--erase", "0"):
+        lit = deeplcms.intensity_of(drawn, recipe.colormap) > 0.3
+        assert set(np.flatnonzero(lit.any(axis=1))) == {18, 19, 20, 40, 41, 42}
+        assert np.array_equal(lit[19], lit[41])  # both masses by the same time
+        places.add(int(np.flatnonzero(lit[19]).mean()))
+    assert len(places) > 1
 
 
 def test_a_draw_depends_on_seed_epoch_and_file_alone(demo):
     pictures, recipe = deeplcms.find_pictures(demo, ("train",))
     pictures = pictures.assign(label=0)
-    transform = train.training_transform(Classifier("pixels", 1), recipe, train.make_parser().parse_args([]))
+    transform = train.training_transform(
+        Classifier("pixels", 1), recipe, train.parse_arguments(["--backbone", "pixels", "--data", "x"])
+    )
     data, fewer = Pictures(pictures, transform, 7), Pictures(pictures[3:], transform, 7)
     first = data[3, 2][0]
     assert torch.equal(first, fewer[0, 2][0])
@@ -245,13 +266,13 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
     assert run("train.py", *arguments, "--out", "killed", cwd=tmp_path) == (0, "")
     assert (killed / "best.pt").stat().st_mtime_ns == before
     status, line = run("train.py", *arguments, "--out", "killed", "--rotate", 1, cwd=tmp_path)
-    assert status == 1 and "is a training with rotate 5.0, not 1.0: give another --out or --name" in line
+    assert status == 1 and "is a training with rotate 0.0, not 1.0: give another --out or --name" in line
     assert run("train.py", *arguments, "--out", "killed", "--rotate", 1, "--name", "other", cwd=tmp_path) == (0, "")
 
 
 def test_stored_features_equal_fresh_draws(demo, tmp_path):
     """With as many stored draws as epochs the losses of every epoch are those of fresh draws."""
-    flags = ["--finetune", "head", "--epochs", 3, "--erase", 0.5, "--grid", 2, "--seed", train.DRAW_SEED]
+    flags = ["--finetune", "head", "--epochs", 3, "--augmentation", "physical", "--grid", 2, "--seed", train.DRAW_SEED]
     fresh = train_in(tmp_path, demo, *flags, "--views", 0, out="fresh")
     stored = train_in(tmp_path, demo, *flags, "--views", 4, out="stored")
     for name in ("train_loss", "val_loss"):
