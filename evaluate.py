@@ -7,6 +7,7 @@ Article: "Evaluating the final model" (test metrics, Figure 5), and the tables a
     python evaluate.py runs/golestan/convnext_large/seed2643 --threshold val
     python evaluate.py runs/golestan/convnext_large/seed2643 --predict new/*.mzML --out new_predictions.csv
     python evaluate.py runs/golestan                    # every run below, by its validation split: no look at the test
+    python evaluate.py runs/golestan/convnext_large --ensemble            # its folds or repeats vote on the test split
 """
 
 import itertools
@@ -14,11 +15,12 @@ import json
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+from PIL import Image
 from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata, tiecorrect
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from deeplcms import SPLITS, InputError, Parser, figure, number, run_script, write_json, write_table, write_text
 from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, in_turn
 from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, read_picture, show
-from train import DEVICE, Pictures, collect, evaluation_transform, find_run, load_run, predict
+from train import Pictures, collect, evaluation_transform, find_run, load_run, predict
 
 RESAMPLES, SEED = 2000, 2643
 # What runs are compared by, in the article's Tables 1 and 2.
@@ -51,13 +53,34 @@ def cautions(config):
     return notes
 
 
-def title_of(checkpoint, what):
-    """'mobileone_s3 on golestan, test split; random initialisation'; "; " breaks the title of a figure."""
-    config = checkpoint["config"]
-    return "; ".join([f"{config['settings']['backbone']} on {what}", *cautions(config)])
+def title_of(checkpoint, what, *others):
+    """'mobileone_s3 on golestan, test split; random initialisation'; "; " breaks the title of a figure.
+
+    others: checkpoints that vote with it, 'ensemble of 5 (mobileone_s3) on golestan, test split'.
+    """
+    configs = [member["config"] for member in (checkpoint, *others)]
+    name = ", ".join(sorted({config["settings"]["backbone"] for config in configs}))
+    if others:
+        name = f"ensemble of {len(configs)} ({name})"
+    notes = dict.fromkeys(itertools.chain(*map(cautions, configs)))  # each once
+    return "; ".join([f"{name} on {what}", *notes])
 
 
-# ---------------------------------------------------------------- one run: pictures -> logits -> metrics
+# ---------------------------------------------------------------- one run, or several that vote: pictures -> metrics
+
+
+def load_members(runs):
+    """(models, checkpoints) of runs that can vote: trained on the same pictures, with the same classes in order."""
+    models, checkpoints = zip(*map(load_run, runs), strict=True)
+    first, *others = checkpoints
+    for run, other in zip(runs[1:], others, strict=True):
+        check_recipe(other["recipe"], first["recipe"], run)
+        if other["config"]["classes"] != first["config"]["classes"]:
+            names = [", ".join(member["config"]["classes"]) for member in (other, first)]
+            raise InputError(f"{run}: its classes are {names[0]}, but {names[1]} in {runs[0]}; they cannot vote")
+        if other["config"]["settings"]["pictures"] != first["config"]["settings"]["pictures"]:
+            raise InputError(f"{run}: trained on another data set or split than {runs[0]}; they cannot vote")
+    return models, checkpoints
 
 
 def is_own(checkpoint, data):
@@ -79,15 +102,35 @@ def held_out(checkpoint, data, split):
     return pictures.assign(label=label_of(pictures, classes))
 
 
-def logits_of(model, pictures):
-    """Logits (N, 1 or K) of a table of pictures."""
-    dataset = Pictures(pictures, evaluation_transform(model))
+def held_out_of_all(checkpoints, data, split):
+    """The same of runs that vote: what one of them has seen, none is judged on."""
+    return [held_out(checkpoint, data, split) for checkpoint in checkpoints][0]
+
+
+def votes_of(models, pictures):
+    """Probability (member, picture, class) that each model gives to each class for each row of a table of pictures."""
     workers = min(4, os.cpu_count()) if len(pictures) >= 256 else 0  # starting them takes longer than 256 pictures
-    loader = DataLoader(dataset, 32, num_workers=workers)
-    logits = collect(predict(model, tqdm(loader, desc="classifying", disable=None, leave=False)))[0].numpy()
-    if not np.isfinite(logits).all():
-        raise InputError("the network's output is not a number: its training diverged; train again with a lower --lr")
-    return logits
+    votes = []
+    for model in models:
+        loader = DataLoader(Pictures(pictures, evaluation_transform(model)), 32, num_workers=workers)
+        logits, _ = collect(predict(model, tqdm(loader, desc="classifying", disable=None, leave=False)))
+        if not logits.isfinite().all():
+            raise InputError("the network's output is not a number: training diverged; train again with a lower --lr")
+        votes.append(probabilities_of(logits))
+    return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit
+
+
+def calls_of(votes, classes, threshold):
+    """Classes called (N,), and a table of them: name, mean probability of each class, and `spread` where several vote.
+
+    The spread is the standard deviation between the members of the probability of the class that is called.
+    """
+    called = called_class(votes.mean(0), threshold)
+    table = pd.DataFrame(votes.mean(0), columns=[f"probability_{name}" for name in classes])
+    table.insert(0, "called", [classes[k] for k in called])
+    if len(votes) > 1:
+        table["spread"] = votes.std(0)[np.arange(len(called)), called]
+    return called, table
 
 
 def best_threshold(labels, logits):
@@ -98,14 +141,15 @@ def best_threshold(labels, logits):
     return float(max(candidates, key=lambda t: round(metrics_of(labels, logits, t)["balanced_accuracy"], 12)))
 
 
-def choose_threshold(model, checkpoint, threshold, data=None):
+def choose_threshold(models, checkpoints, threshold, data=None):
     """(threshold, the rule in words) of --threshold: a number, or 'val' for the best one on the validation split."""
-    classes, source = checkpoint["config"]["classes"], ""
+    classes, source = checkpoints[0]["config"]["classes"], ""
     if len(classes) > 2:
         return None, "the most probable class is called"
     if threshold == "val":
-        pictures = held_out(checkpoint, data if is_own(checkpoint, data) else None, "val")
-        threshold = best_threshold(pictures["label"].to_numpy(), logits_of(model, pictures))
+        pictures = held_out_of_all(checkpoints, data if is_own(checkpoints[0], data) else None, "val")
+        logits = np.log(votes_of(models, pictures).mean(0))
+        threshold = best_threshold(pictures["label"].to_numpy(), logits)
         source = f", the best balanced accuracy on {len(pictures)} pictures of the validation split"
     return threshold, f"{classes[1]} is called where its probability is {threshold:.4g} or more{source}"
 
@@ -128,43 +172,46 @@ def judge(labels, logits, threshold=0.5):
     return table
 
 
-def evaluate(run, data=None, split="test", threshold=0.5, out=None):
-    """Metrics, predictions and figures of one run on one split; writes them and prints the table."""
+def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
+    """Metrics, predictions and figures of a run, or of several that vote, on one split; prints the table.
+
+    home: where the results go by default, those of other splits and data sets into a folder of it.
+    """
     if threshold == "val" and split == "val":
         raise InputError("--threshold val with --split val would choose and judge on the same pictures")
-    model, checkpoint = load_run(run)
-    classes = checkpoint["config"]["classes"]
-    pictures = held_out(checkpoint, data, split)
-    threshold, rule = choose_threshold(model, checkpoint, threshold, data)
-    labels, logits = pictures["label"].to_numpy(), logits_of(model, pictures)
-    probabilities = probabilities_of(logits)
-    called = called_class(probabilities, threshold)
+    models, checkpoints = load_members(runs)
+    checkpoint, classes = checkpoints[0], checkpoints[0]["config"]["classes"]
+    pictures = held_out_of_all(checkpoints, data, split)
+    threshold, rule = choose_threshold(models, checkpoints, threshold, data)
+    labels, votes = pictures["label"].to_numpy(), votes_of(models, pictures)
+    probabilities = votes.mean(0)
+    called, calls = calls_of(votes, classes, threshold)
     confusion = confusion_of(labels, called, len(classes))
-    table = judge(labels, logits, threshold)
+    table = judge(labels, np.log(probabilities), threshold)
 
     data_set = Path(data).resolve().name if data else checkpoint["config"]["data_set"]
-    default = run if split == "test" and is_own(checkpoint, data) else run / f"{data_set}-{split}"
+    default = home if split == "test" and is_own(checkpoint, data) else home / f"{data_set}-{split}"
     folder = Path(out or default)
     folder.mkdir(parents=True, exist_ok=True)
-    title = title_of(checkpoint, f"{data_set}, {split} split, {len(labels)} pictures")
+    title = title_of(checkpoint, f"{data_set}, {split} split, {len(labels)} pictures", *checkpoints[1:])
     metrics = table.astype(object).where(table.notna(), None).to_dict("index")
-    contents = {"title": title, "run": str(run), "split": split, "threshold": threshold, "rule": rule}
+    contents = {"title": title, "run": ", ".join(map(str, runs)), "split": split, "threshold": threshold, "rule": rule}
     contents |= {"classes": classes, "confusion": confusion.tolist(), "metrics": metrics}
     if len(classes) == 2:
         contents |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
     write_json(folder / "metrics.json", contents)
-    predictions = pictures[["sample_name", "group", "phenotype"]].copy()
-    predictions["called"] = [classes[k] for k in called]
-    predictions["right"] = np.where(called == labels, "yes", "no")
-    for name, p in zip(classes, probabilities.T, strict=True):
-        predictions[f"probability_{name}"] = p
+    predictions = pictures[["sample_name", "group", "phenotype"]].join(calls)
+    predictions.insert(4, "right", np.where(called == labels, "yes", "no"))
     write_table(folder / "predictions.csv", predictions.assign(file=pictures["path"]))
 
     draw_confusion(folder / "confusion.png", confusion, classes, title)
     draw_roc(folder / "roc.png", labels, probabilities, confusion, table.loc["roc_auc"], classes, title)
     draw_calibration(folder / "calibration.png", labels, probabilities, classes, title)
     draw_prediction_matrix(folder / "prediction_matrix.png", pictures, probabilities, called, checkpoint, title)
-    print(f"{title}\nrun {run}, epoch {checkpoint['epoch']}\n{rule}")
+    print(title)
+    for run, member in zip(runs, checkpoints, strict=True):
+        print(f"run {run}, epoch {member['epoch']}")
+    print(rule)
     if (fewest := confusion.sum(1).min()) < 10:
         print(f"only {fewest} pictures of some class: an interval of so few is too narrow to be believed")
     print(f"\n{pd.DataFrame(confusion, classes, classes).rename_axis('true / called')}\n")
@@ -278,37 +325,38 @@ def warnings_of(statistics, cohort):
     return "; ".join(warnings)
 
 
-def predict_files(run, files, threshold=0.5, out=None):
+def predict_files(runs, files, threshold=0.5, out=None):
     """Raw runs -> table of probabilities, converted with the checkpoint's recipe; returns the exit status.
 
-    Each picture takes the path of a PNG (uint8 RGB, then the evaluation transform), so that a file gives what its
-    converted picture gives. An unreadable file costs one line on stderr and exit status 1.
+    Each picture becomes a PNG, once for all that vote, so that a file gives what its converted picture gives. An
+    unreadable file costs one line on stderr and exit status 1.
     """
     if out and Path(out).exists():
         raise InputError(f"--out {out} exists already; give another name")
-    model, checkpoint = load_run(run)
-    classes = checkpoint["config"]["classes"]
-    transform = evaluation_transform(model)
-    threshold, rule = choose_threshold(model, checkpoint, threshold)
+    models, checkpoints = load_members(runs)
+    checkpoint, config = checkpoints[0], checkpoints[0]["config"]
+    threshold, rule = choose_threshold(models, checkpoints, threshold)
     rows, failures = [], []
-    for path in tqdm(files_of(files), desc="predicting", unit="file", disable=None):
-        try:
-            picture, statistics = picture_of_run(path, checkpoint["recipe"])
-        except (InputError, OSError) as error:
-            failures.append(error)
-            continue
-        with torch.inference_mode():
-            x = transform(picture).contiguous()[None]
-            p = probabilities_of(model(x.to(DEVICE)).cpu())
-        row = {"file": str(path), "called": classes[called_class(p, threshold)[0]]}
-        row |= {f"probability_{name}": value for name, value in zip(classes, p[0], strict=True)}
-        rows.append(row | {"warning": warnings_of(statistics, checkpoint["cohort"])})
-    table = pd.DataFrame(rows)
-    print(f"{title_of(checkpoint, checkpoint['config']['data_set'])}\n{rule}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for path in tqdm(files_of(files), desc="reading", unit="file", disable=None):
+            try:
+                picture, statistics = picture_of_run(path, checkpoint["recipe"])
+            except (InputError, OSError) as error:
+                failures.append(error)
+                continue
+            png = Path(folder, f"{len(rows)}.png")
+            Image.fromarray(picture).save(png)
+            warning = warnings_of(statistics, checkpoint["cohort"])
+            rows.append({"file": str(path), "path": png, "label": 0, "warning": warning})
+        pictures = pd.DataFrame(rows)
+        votes = votes_of(models, pictures) if rows else None
+    print(f"{title_of(checkpoint, config['data_set'], *checkpoints[1:])}\n{rule}\n")
     if rows:
+        _, calls = calls_of(votes, config["classes"], threshold)
+        table = pictures[["file"]].join(calls).join(pictures["warning"])
         print(table.to_string(index=False, float_format="{:.4f}".format))
-    if rows and out:
-        write_table(out, table)
+        if out:
+            write_table(out, table)
     for failure in failures:
         print(f"left out: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -405,11 +453,11 @@ def markdown(table):
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
-def compare(runs, out=None):
+def compare(runs, out):
     """Tables 1 and 2 for many runs; Figure 1 or 3 and its tests for replicates among them."""
     table = table_of(runs)
     metrics = [name for name in COMPARED if name in table]
-    out = Path(out or os.path.commonpath([run.resolve() for run in runs]))
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns=["folder", "settings"]))
     columns = ["data_set", "backbone", "parameters_millions", "best_epoch", "train_loss", *metrics]
@@ -441,15 +489,17 @@ def make_parser():
     parser = Parser(__doc__)
     runs = "run folder (default: the newest); several, or a folder of runs, are compared by their validation split"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
-    out = "folder for results (default: the run, or the runs' common folder); with --predict a CSV (default: none)"
+    ensemble = "several runs or folds of one data set vote: the mean of their probabilities is judged as one run"
+    parser.add_argument("--ensemble", action="store_true", help=ensemble)
+    out = "folder for results (default: the run, or the common folder of several, or its ensemble/); --predict: a CSV"
     parser.add_argument("--out", help=out)
-    add = parser.add_argument_group("one run").add_argument
+    add = parser.add_argument_group("one run, or an ensemble").add_argument
     add("--data", metavar="DIR", help="another data set, or where the run's own has moved")
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
     threshold = "call class 1 from this probability on; val chooses it on the validation split"
     add("--threshold", type=number(float, 0, "val"), default=0.5, metavar="P|val", help=threshold)
     add = parser.add_argument_group("new raw runs").add_argument
-    files = "mzML or mzXML files, or folders of them; an existing --out is never replaced"
+    files = "mzML or mzXML files, or folders of them; several runs vote; an existing --out is never replaced"
     add("--predict", nargs="+", metavar="FILE", help=files)
     return parser
 
@@ -458,13 +508,15 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     runs = runs_below(args.runs) if args.runs else [find_run()]
-    if len(runs) > 1:
-        if args.predict or args.data or args.split != "test" or args.threshold != 0.5:
-            parser.error(f"--predict, --data, --split and --threshold take one run, not {len(runs)}")
-        return compare(runs, args.out or (args.runs[0] if len(args.runs) == 1 else None))
+    common = Path(args.runs[0] if len(args.runs) == 1 else os.path.commonpath([run.resolve() for run in runs]))
     if args.predict:
-        return predict_files(runs[0], args.predict, args.threshold, args.out)
-    return evaluate(runs[0], args.data, args.split, args.threshold, args.out)
+        return predict_files(runs, args.predict, args.threshold, args.out)
+    if len(runs) == 1 or args.ensemble:
+        home = runs[0] if len(runs) == 1 else common / "ensemble"
+        return evaluate(runs, home, args.data, args.split, args.threshold, args.out)
+    if args.data or args.split != "test" or args.threshold != 0.5:
+        parser.error(f"--data, --split and --threshold take one run, or --ensemble, not {len(runs)} runs to compare")
+    return compare(runs, args.out or common)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import TINY, call, run
 from PIL import Image
 from scipy.stats import binom
@@ -140,6 +141,115 @@ def test_other_axes_other_classes_and_moved_data_are_refused_with_the_reason(two
     ):
         status, line = run("evaluate.py", run_, *flags, cwd=tmp_path)
         assert status == 1 and words in line and "\n" not in line
+
+
+# ---------------------------------------------------------------- several runs that vote
+
+
+@pytest.fixture(scope="session")
+def folds(two, tmp_path_factory):
+    """Folder of three folds, not trained to the end, so that they differ."""
+    flags = ["--backbone", "pixels", "--data", two[0], "--folds", 3, "--epochs", 2, "--lr", 0.1, "--image-size", 64]
+    folder = tmp_path_factory.mktemp("folds")
+    assert run("train.py", *flags, cwd=folder) == (0, "")
+    return folder / "runs/data/pixels"
+
+
+def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, capsys):
+    members = []
+    for k in range(3):
+        assert run("evaluate.py", folds / f"seed2643-fold{k}", "--out", f"{k}", cwd=tmp_path) == (0, "")
+        members.append(judged(tmp_path / f"{k}")[1])
+        assert "spread" not in members[k]
+    each = np.array([member["probability_user"] for member in members])  # (member, picture)
+    assert each.std(0).min() > 0.001
+    capsys.readouterr()
+    assert run("evaluate.py", folds, "--ensemble", "--threshold", 0.45, cwd=tmp_path) == (0, "")
+    printed = capsys.readouterr().out
+    assert "ensemble of 3 (pixels) on data, test split, 10 pictures\nno network\n" in printed.replace("; ", "\n")
+    assert all(f"{folds}/seed2643-fold{k}, epoch" in printed for k in range(3))
+    result, table = judged(folds / "ensemble")
+    assert table["sample_name"].equals(members[0]["sample_name"])
+    assert table["probability_user"].to_numpy() == pytest.approx(each.mean(0), abs=1e-12)
+    assert table["spread"].to_numpy() == pytest.approx(each.std(0), abs=1e-12)
+    user = table["phenotype"] == "user"
+    assert ((table["called"] == "user") == (each.mean(0) >= 0.45)).all()
+    assert result["metrics"]["brier"]["value"] == pytest.approx(((each.mean(0) - user) ** 2).mean())
+    assert result["tp"] == (each.mean(0)[user] >= 0.45).sum() and result["threshold"] == 0.45
+    for name in ("confusion", "roc", "calibration", "prediction_matrix"):
+        assert (folds / f"ensemble/{name}.png").stat().st_size > 10_000
+
+
+def test_of_more_classes_the_spread_is_that_of_the_class_called():
+    votes = np.array([[[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]], [[0.1, 0.4, 0.5], [0.3, 0.3, 0.4]]])
+    called, table = evaluate.calls_of(votes, ["a", "b", "c"], None)
+    assert called.tolist() == [2, 0] and table["called"].tolist() == ["c", "a"]
+    assert table[["probability_a", "probability_b", "probability_c"]].to_numpy() == pytest.approx(votes.mean(0))
+    assert table["spread"].tolist() == pytest.approx([0.1, 0.1])
+    assert "spread" not in evaluate.calls_of(votes[:1], ["a", "b", "c"], None)[1]
+
+
+def test_a_fold_among_the_members_keeps_train_and_val_from_being_judged(two, folds, tmp_path):
+    members = [two[1], folds / "seed2643-fold0", "--ensemble", "--out", "out"]
+    for flags in (["--split", "val"], ["--threshold", "val"], ["--split", "train", "--data", two[0]]):
+        status, line = run("evaluate.py", *members, *flags, cwd=tmp_path)
+        assert status == 1 and "is a fold of train and val together" in line and not (tmp_path / "out").exists()
+    whole = shutil.copytree(two[1], tmp_path / "whole")
+    assert run("evaluate.py", two[1], whole, *members[2:], "--threshold", "val", cwd=tmp_path) == (0, "")
+    result = judged(tmp_path / "out")[0]
+    assert "16 pictures of the validation split" in result["rule"] and result["title"].startswith("ensemble of 2")
+
+
+def altered(source, folder, change):
+    """A copy of a run whose checkpoint differs: change(checkpoint)."""
+    shutil.copytree(source, folder)
+    checkpoint = torch.load(folder / "best.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, folder / "best.pt")
+    return folder
+
+
+def test_only_runs_of_one_data_set_its_axes_and_classes_vote(two, tmp_path):
+    data, folder = two
+    settings = {"pictures": 1}
+    for name, change, words in (
+        ("classes", lambda c: c["config"]["classes"].reverse(), "its classes are user, non-user, but non-user, user"),
+        ("axes", lambda c: c["recipe"].update(rt_max="12.0"), "another kind of picture than the others"),
+        ("data", lambda c: c["config"]["settings"].update(settings), "trained on another data set or split than"),
+    ):
+        other = altered(folder, tmp_path / name, change)
+        for flags in (["--ensemble"], ["--predict", data.parent / "raw/user00.mzML"]):
+            status, line = run("evaluate.py", folder, other, *flags, "--out", "out", cwd=tmp_path)
+            assert status == 1 and f"{other}: {words}" in line and "\n" not in line
+            assert not (tmp_path / "out").exists()
+
+
+def test_what_must_be_said_of_one_member_is_said_of_the_ensemble(two, tmp_path, capsys):
+    shuffled = altered(two[1], tmp_path / "x", lambda c: c["config"]["settings"].update(shuffle_labels=True))
+    assert run("evaluate.py", two[1], shuffled, "--ensemble", "--out", "out", cwd=tmp_path) == (0, "")
+    title = judged(tmp_path / "out")[0]["title"]
+    assert title.startswith("ensemble of 2 (pixels) on data") and title.endswith(
+        "no network; trained on shuffled labels"
+    )
+
+
+def test_several_runs_predict_the_mean_and_read_each_file_once(two, folds, tmp_path, monkeypatch):
+    files = [two[0].parent / f"raw/{name}.mzML" for name in ("user33", "non-user34")]
+    read, picture_of_run = [], evaluate.picture_of_run
+    for k in (0, 1):
+        fold = folds / f"seed2643-fold{k}"
+        assert run("evaluate.py", fold, "--predict", *files, "--out", f"{k}.csv", cwd=tmp_path) == (0, "")
+    monkeypatch.setattr(evaluate, "picture_of_run", lambda *a: read.append(a[0]) or picture_of_run(*a))
+    members = [folds / "seed2643-fold0", folds / "seed2643-fold1"]
+    assert run("evaluate.py", *members, "--predict", *files, "--out", "both.csv", cwd=tmp_path) == (0, "")
+    assert read == files
+    first, second, both = (pd.read_csv(tmp_path / f"{name}.csv") for name in (0, 1, "both"))
+    assert list(first) == ["file", "called", "probability_non-user", "probability_user", "warning"]
+    assert list(both) == [*list(first)[:4], "spread", "warning"]
+    each = np.array([first["probability_user"], second["probability_user"]])
+    assert both["probability_user"].to_numpy() == pytest.approx(each.mean(0), abs=1e-12)
+    assert both["spread"].to_numpy() == pytest.approx(abs(each[0] - each[1]) / 2, abs=1e-12)
+    assert both["file"].tolist() == list(map(str, files))
 
 
 # ---------------------------------------------------------------- new raw runs
@@ -276,7 +386,7 @@ def test_one_backbone_on_several_data_sets_is_compared_by_data_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["old new --predict x.mzML", "old new --data x", "old new --split val", "old --threshold high"]
+    "flags", ["old new --threshold 0.4", "old new --data x", "old new --split val", "old --threshold high"]
 )
 def test_wrong_usage_is_status_2(two, tmp_path, monkeypatch, capsys, flags):
     for name in ("old", "new"):
