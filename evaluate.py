@@ -12,7 +12,6 @@ Article: "Evaluating the final model" (test metrics, Figure 5), and the tables a
 
 import itertools
 import json
-import math
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata, tiecorrect
+from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -31,16 +30,10 @@ from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabili
 from train import Pictures, collect, evaluation_transform, find_run, load_run, predict
 
 RESAMPLES, SEED = 2000, 2643
-# What runs are compared by, in the article's Tables 1 and 2.
-COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]
-TESTS = """p values: Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after Benjamini and
-Hochberg within each metric. Replicates are trainings on the same people (folds: on overlapping parts of them, so that
-they are not independent): a small p speaks of training, not of new people."""
-
-
-def words(name):
-    """'val_roc_auc' -> 'val ROC AUC'"""
-    return name.replace("_", " ").replace("roc auc", "ROC AUC").replace("f1", "F1")
+COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
+TESTS = """Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after Benjamini and Hochberg within
+each metric. Replicates are trainings on the same people (folds: on overlapping parts of them, so that they are not
+independent): a small p speaks of training, not of new people."""
 
 
 def cautions(config):
@@ -54,38 +47,31 @@ def cautions(config):
 
 
 def title_of(checkpoint, what, *others):
-    """'mobileone_s3 on golestan, test split; random initialisation'; "; " breaks the title of a figure.
-
-    others: checkpoints that vote with it, 'ensemble of 5 (mobileone_s3) on golestan, test split'.
-    """
+    """'pixels on golestan; no network', with others 'ensemble of 5; pixels on ...'; "; " breaks a figure's title."""
     configs = [member["config"] for member in (checkpoint, *others)]
-    name = ", ".join(sorted({config["settings"]["backbone"] for config in configs}))
-    if others:
-        name = f"ensemble of {len(configs)} ({name})"
-    notes = dict.fromkeys(itertools.chain(*map(cautions, configs)))  # each once
-    return "; ".join([f"{name} on {what}", *notes])
-
-
-# ---------------------------------------------------------------- one run, or several that vote: pictures -> metrics
+    ensemble = [f"ensemble of {len(configs)}"] if others else []
+    names = sorted({config["settings"]["backbone"] for config in configs})
+    notes = dict.fromkeys(note for config in configs for note in cautions(config))  # each once
+    return "; ".join([*ensemble, f"{', '.join(names)} on {what}", *notes])
 
 
 def load_members(runs):
-    """(models, checkpoints) of runs that can vote: trained on the same pictures, with the same classes in order."""
+    """(models, checkpoints) of runs; several must have learned to tell the same classes apart on the same pictures."""
     models, checkpoints = zip(*map(load_run, runs), strict=True)
-    first, *others = checkpoints
-    for run, other in zip(runs[1:], others, strict=True):
-        check_recipe(other["recipe"], first["recipe"], run)
-        if other["config"]["classes"] != first["config"]["classes"]:
-            names = [", ".join(member["config"]["classes"]) for member in (other, first)]
-            raise InputError(f"{run}: its classes are {names[0]}, but {names[1]} in {runs[0]}; they cannot vote")
-        if other["config"]["settings"]["pictures"] != first["config"]["settings"]["pictures"]:
-            raise InputError(f"{run}: trained on another data set or split than {runs[0]}; they cannot vote")
+    expected = checkpoints[0]
+    for run, checkpoint in zip(runs, checkpoints, strict=True):
+        check_recipe(checkpoint["recipe"], expected["recipe"], run)
+        if checkpoint["config"]["classes"] != expected["config"]["classes"]:
+            raise InputError(f"{run}: its classes, or which of them is positive, are not those of {runs[0]}")
+        if checkpoint["config"]["settings"]["pictures"] != expected["config"]["settings"]["pictures"]:
+            raise InputError(f"{run}: its data set, or how it was split, is not that of {runs[0]}")
     return models, checkpoints
 
 
 def is_own(checkpoint, data):
     """Is this the data set of the run, where it was or where it has moved?"""
-    return data is None or Path(data).resolve().name == Path(checkpoint["config"]["settings"]["data"]).resolve().name
+    own = checkpoint["config"]["settings"]["data"]
+    return data is None or Path(data).resolve().name == Path(own).resolve().name
 
 
 def held_out(checkpoint, data, split):
@@ -102,43 +88,36 @@ def held_out(checkpoint, data, split):
     return pictures.assign(label=label_of(pictures, classes))
 
 
-def held_out_of_all(checkpoints, data, split):
-    """The same of runs that vote: what one of them has seen, none is judged on."""
-    return [held_out(checkpoint, data, split) for checkpoint in checkpoints][0]
-
-
 def votes_of(models, pictures):
     """Probability (member, picture, class) that each model gives to each class for each row of a table of pictures."""
-    workers = min(4, os.cpu_count()) if len(pictures) >= 256 else 0  # starting them takes longer than 256 pictures
     votes = []
     for model in models:
-        loader = DataLoader(Pictures(pictures, evaluation_transform(model)), 32, num_workers=workers)
+        loader = DataLoader(Pictures(pictures, evaluation_transform(model)), 32)
         logits, _ = collect(predict(model, tqdm(loader, desc="classifying", disable=None, leave=False)))
-        if not logits.isfinite().all():
-            raise InputError("the network's output is not a number: training diverged; train again with a lower --lr")
         votes.append(probabilities_of(logits))
     return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit
 
 
 def calls_of(votes, classes, threshold):
-    """Classes called (N,), and a table of them: name, mean probability of each class, and `spread` where several vote.
+    """Table of the class called, the mean probability of each class and, where several vote, `spread`.
 
-    The spread is the standard deviation between the members of the probability of the class that is called.
+    The spread is the standard deviation between the members of the probability of the class called.
     """
     called = called_class(votes.mean(0), threshold)
-    table = pd.DataFrame(votes.mean(0), columns=[f"probability_{name}" for name in classes])
-    table.insert(0, "called", [classes[k] for k in called])
+    table = pd.DataFrame({"called": [classes[k] for k in called]})
+    table[[f"probability_{name}" for name in classes]] = votes.mean(0)
     if len(votes) > 1:
         table["spread"] = votes.std(0)[np.arange(len(called)), called]
-    return called, table
+    return table
 
 
 def best_threshold(labels, logits):
     """The threshold of highest balanced accuracy: halfway between two neighbours, of several the nearest to 0.5."""
     scores = np.unique(probabilities_of(logits)[:, 1])
-    candidates = np.append((scores[1:] + scores[:-1]) / 2, 0.5)
-    candidates = candidates[np.argsort(abs(candidates - 0.5))]
-    return float(max(candidates, key=lambda t: round(metrics_of(labels, logits, t)["balanced_accuracy"], 12)))
+    between = (scores[1:] + scores[:-1]) / 2
+    candidates = sorted([0.5, *between], key=lambda t: abs(t - 0.5))
+    accuracy = pd.Series({t: metrics_of(labels, logits, t)["balanced_accuracy"] for t in candidates})
+    return accuracy.round(12).idxmax()
 
 
 def choose_threshold(models, checkpoints, threshold, data=None):
@@ -147,7 +126,8 @@ def choose_threshold(models, checkpoints, threshold, data=None):
     if len(classes) > 2:
         return None, "the most probable class is called"
     if threshold == "val":
-        pictures = held_out_of_all(checkpoints, data if is_own(checkpoints[0], data) else None, "val")
+        own = data if is_own(checkpoints[0], data) else None
+        pictures = [held_out(checkpoint, own, "val") for checkpoint in checkpoints][0]
         logits = np.log(votes_of(models, pictures).mean(0))
         threshold = best_threshold(pictures["label"].to_numpy(), logits)
         source = f", the best balanced accuracy on {len(pictures)} pictures of the validation split"
@@ -160,15 +140,15 @@ def judge(labels, logits, threshold=0.5):
     Resampling within the classes keeps their sizes, as the split did.
     """
     rng = np.random.default_rng(SEED)
-    members = [np.flatnonzero(labels == k) for k in np.unique(labels)]
-    values = []
+    by_class = pd.Series(labels).groupby(labels)
+    resamples = []
     for _ in tqdm(range(RESAMPLES), desc="bootstrap", disable=None, leave=False):
-        i = np.concatenate([rng.choice(pictures, len(pictures)) for pictures in members])
-        values.append(metrics_of(labels[i], logits[i], threshold))
-    values = pd.DataFrame(values)
+        i = by_class.sample(frac=1, replace=True, random_state=rng).index
+        resamples.append(metrics_of(labels[i], logits[i], threshold))
+    resamples = pd.DataFrame(resamples)
     table = pd.DataFrame({"value": metrics_of(labels, logits, threshold)})
-    table[["low", "high"]] = values.quantile([0.025, 0.975]).T.to_numpy()
-    table.loc[values.isna().mean() > 0.05, ["low", "high"]] = np.nan  # too often undefined
+    table["low"], table["high"] = resamples.quantile(0.025), resamples.quantile(0.975)
+    table.loc[resamples.isna().mean() > 0.05, ["low", "high"]] = np.nan  # too often undefined
     return table
 
 
@@ -180,197 +160,167 @@ def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
     if threshold == "val" and split == "val":
         raise InputError("--threshold val with --split val would choose and judge on the same pictures")
     models, checkpoints = load_members(runs)
-    checkpoint, classes = checkpoints[0], checkpoints[0]["config"]["classes"]
-    pictures = held_out_of_all(checkpoints, data, split)
+    checkpoint, *others = checkpoints
+    classes = checkpoint["config"]["classes"]
+    pictures = [held_out(member, data, split) for member in checkpoints][0]  # each may refuse: a fold has seen val
     threshold, rule = choose_threshold(models, checkpoints, threshold, data)
-    labels, votes = pictures["label"].to_numpy(), votes_of(models, pictures)
+    votes = votes_of(models, pictures)
     probabilities = votes.mean(0)
-    called, calls = calls_of(votes, classes, threshold)
-    confusion = confusion_of(labels, called, len(classes))
+    labels = pictures["label"].to_numpy()
+    confusion = confusion_of(labels, called_class(probabilities, threshold), len(classes))
     table = judge(labels, np.log(probabilities), threshold)
 
     data_set = Path(data).resolve().name if data else checkpoint["config"]["data_set"]
-    default = home if split == "test" and is_own(checkpoint, data) else home / f"{data_set}-{split}"
-    folder = Path(out or default)
+    usual = split == "test" and is_own(checkpoint, data)
+    folder = Path(out or (home if usual else home / f"{data_set}-{split}"))
     folder.mkdir(parents=True, exist_ok=True)
-    title = title_of(checkpoint, f"{data_set}, {split} split, {len(labels)} pictures", *checkpoints[1:])
-    metrics = table.astype(object).where(table.notna(), None).to_dict("index")
+    title = title_of(checkpoint, f"{data_set}, {split} split, {len(labels)} pictures", *others)
     contents = {"title": title, "run": ", ".join(map(str, runs)), "split": split, "threshold": threshold, "rule": rule}
-    contents |= {"classes": classes, "confusion": confusion.tolist(), "metrics": metrics}
-    if len(classes) == 2:
+    contents |= {"classes": classes, "confusion": confusion.tolist()}
+    contents |= {"metrics": table.replace({np.nan: None}).to_dict("index")}
+    two = len(classes) == 2
+    if two:
         contents |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
     write_json(folder / "metrics.json", contents)
-    predictions = pictures[["sample_name", "group", "phenotype"]].join(calls)
-    predictions.insert(4, "right", np.where(called == labels, "yes", "no"))
-    write_table(folder / "predictions.csv", predictions.assign(file=pictures["path"]))
+    predictions = pictures[["sample_name", "group", "phenotype"]].join(calls_of(votes, classes, threshold))
+    predictions.insert(4, "right", np.where(predictions["called"] == predictions["phenotype"], "yes", "no"))
+    predictions["file"] = pictures["path"]
+    write_table(folder / "predictions.csv", predictions)
 
     draw_confusion(folder / "confusion.png", confusion, classes, title)
     draw_roc(folder / "roc.png", labels, probabilities, confusion, table.loc["roc_auc"], classes, title)
-    draw_calibration(folder / "calibration.png", labels, probabilities, classes, title)
-    draw_prediction_matrix(folder / "prediction_matrix.png", pictures, probabilities, called, checkpoint, title)
-    print(title)
-    for run, member in zip(runs, checkpoints, strict=True):
-        print(f"run {run}, epoch {member['epoch']}")
-    print(rule)
+    # The other two show the probability of class 1, or with more classes of the class called.
+    predictions["of"] = classes[1] if two else predictions["called"]
+    predictions["p"] = probabilities[:, 1] if two else probabilities.max(1)
+    draw_calibration(folder / "calibration.png", predictions, title)
+    draw_prediction_matrix(folder / "prediction_matrix.png", predictions, checkpoint["recipe"], title)
+    members = [f"run {run}, epoch {member['epoch']}" for run, member in zip(runs, checkpoints, strict=True)]
+    print(title, *members, rule, sep="\n")
     if (fewest := confusion.sum(1).min()) < 10:
         print(f"only {fewest} pictures of some class: an interval of so few is too narrow to be believed")
     print(f"\n{pd.DataFrame(confusion, classes, classes).rename_axis('true / called')}\n")
-    print(table.rename(words).to_string(float_format="{:.3f}".format, na_rep="undefined"))
+    print(table.to_string(float_format="{:.3f}".format, na_rep="undefined"))
     print(f"\nresults: {folder}/")
-
-
-# ---------------------------------------------------------------- one run: figures
 
 
 def draw_confusion(path, confusion, classes, title):
     """Counts, shaded by the share of each true class."""
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    with figure(path, title, size=(3.2 + 0.9 * len(classes), 2.8 + 0.8 * len(classes))) as ax:
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    side = 3.6 + 0.9 * len(classes)
+    with figure(path, title, size=(side, side)) as ax:
+        ax.imshow(share, cmap="Blues", vmin=0, vmax=2)  # the lighter half: black on it is legible
         for (i, j), count in np.ndenumerate(confusion):
-            colour = "white" if share[i, j] > 0.5 else "black"
-            ax.text(j, i, f"{count}\n{share[i, j]:.0%}", ha="center", va="center", color=colour)
+            ax.text(j, i, f"{count}\n{share[i, j]:.0%}", ha="center", va="center")
         ax.set_xticks(range(len(classes)), classes)
         ax.set_yticks(range(len(classes)), classes)
         ax.set(xlabel="called", ylabel="true phenotype")
 
 
-def roc_curve(positive, score):
-    """(false positive rates, true positive rates), from (0, 0) to (1, 1); equal scores make one step."""
-    thresholds = np.append(np.inf, np.unique(score)[::-1])
-    called = score >= thresholds[:, None]  # (threshold, picture)
-    return called[:, ~positive].mean(1), called[:, positive].mean(1)
-
-
 def draw_roc(path, labels, probabilities, confusion, auc, classes, title):
-    with figure(path, title, size=(5.6, 6.4)) as ax:
+    with figure(path, title, size=(6, 6.8)) as ax:
+        ax.plot([0, 1], [0, 1], ":", color="grey", label="chance")
         for k in [1] if len(classes) == 2 else range(len(classes)):
-            if 0 < (labels == k).sum() < len(labels):
-                ax.plot(*roc_curve(labels == k, probabilities[:, k]), linewidth=2, label=classes[k])
-        ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance")
+            # Share of all others and of the class at each score or above it: equal scores make one step.
+            curve = pd.crosstab(probabilities[:, k], labels == k, normalize="columns")[::-1].cumsum()
+            if curve.shape[1] == 2:  # else there are none of the class, or no others
+                ax.plot([0, *curve[False]], [0, *curve[True]], label=classes[k])
         if len(classes) == 2:
             rates = confusion[:, 1] / np.maximum(confusion.sum(1), 1)  # of false and of true positives
             ax.plot(*rates, "ko", label="threshold")
         ax.set_title("ROC AUC {value:.3f} (95 % interval {low:.3f} - {high:.3f})".format(**auc), fontsize=10)
         ax.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
-        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         ax.legend(loc="lower right", frameon=False)
 
 
-def reliability(hit, probability, n_bins):
-    """Table of the filled bins of equal width: mean probability, share of hits, number of pictures."""
-    place = np.minimum((probability * n_bins).astype(int), n_bins - 1)
-    bins = pd.DataFrame({"probability": probability, "hit": hit}).groupby(place)
-    return bins.agg(probability=("probability", "mean"), share=("hit", "mean"), n=("hit", "size"))
+def draw_calibration(path, predictions, title):
+    """Does a probability of 0.8 come true in eight of ten? Means of five bins of equal width."""
+    place = (predictions["p"] * 5).astype(int).clip(upper=4)
+    with figure(path, title, size=(6, 6.8)) as ax:
+        ax.plot([0, 1], [0, 1], ":", color="grey")
+        for _, rows in predictions.groupby(place):
+            came_true = rows["phenotype"] == rows["of"]
+            low, high = binomtest(came_true.sum(), len(rows)).proportion_ci(method="wilson")
+            p, share = rows["p"].mean(), came_true.mean()
+            ax.plot([p, p], [low, high], "C0")
+            ax.plot(p, share, "C0o")
+            ax.annotate(f" {len(rows)}", (p, share))
+        names = predictions["of"].unique()
+        ax.set_xlabel(f"predicted probability of {names[0] if len(names) == 1 else 'the class called'}")
+        ax.set(ylabel="share for which it came true", box_aspect=1)
+        ax.set_title("95 % Wilson intervals; beside each dot its number of pictures", fontsize=10)
 
 
-def draw_calibration(path, labels, probabilities, classes, title):
-    """Does a probability of 0.8 come true in eight of ten? Of class 1, or with more classes of the class called."""
-    two, n_bins = len(classes) == 2, 10 if len(labels) >= 100 else 5
-    k = np.ones(len(labels), int) if two else probabilities.argmax(1)
-    probability = probabilities[np.arange(len(labels)), k]
-    bins = reliability(labels == k, probability, n_bins)
-    limits = [binomtest(round(b.share * b.n), b.n).proportion_ci(0.95, "wilson") for b in bins.itertuples()]
-    with figure(path, title, size=(6.4, 6.2), nrows=2, sharex=True, height_ratios=[3, 1]) as (ax, below):
-        ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
-        bars = np.abs(np.transpose(limits) - bins["share"].to_numpy())  # (2, bins): below and above
-        ax.errorbar(bins["probability"], bins["share"], bars, fmt="o", capsize=3, label="observed, Wilson interval")
-        ax.set(ylabel=f"share that is {classes[1]}" if two else "share called rightly", ylim=(-0.03, 1.03))
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-        filled, _, bars = below.hist(probability, n_bins, range=(0, 1), color="lightsteelblue", edgecolor="white")
-        below.bar_label(bars, [f"{n:.0f}" if n else "" for n in filled], padding=1)
-        below.set(ylabel="pictures", xlim=(-0.02, 1.02), ylim=(0, 1.3 * filled.max()))
-        below.set_xlabel(f"predicted probability of {classes[1] if two else 'the class called'}")
-
-
-def draw_prediction_matrix(path, pictures, probabilities, called, checkpoint, title):
+def draw_prediction_matrix(path, predictions, recipe, title):
     """Article, Figure 5: nine pictures, phenotypes in turn; green is right."""
-    classes, recipe = checkpoint["config"]["classes"], checkpoint["recipe"]
     with figure(path, title, (10, 10.5), nrows=3, ncols=3, sharex=True, sharey=True) as axes:
-        for axis, row in zip(axes.flat, in_turn(pictures, 9, SEED).itertuples(), strict=False):
-            k = 1 if len(classes) == 2 else called[row.Index]
-            right = called[row.Index] == row.label
-            colour = "#1a8a3a" if right else "#d62728"
-            show(axis, read_picture(row.path), recipe)
-            text = f"{row.sample_name[:30]}: P({classes[k]}) = {probabilities[row.Index, k]:.3f}"
-            text += f"\ntrue phenotype: {row.phenotype} ({'right' if right else 'wrong'})"
+        for axis, row in zip(axes.flat, in_turn(predictions, 9, SEED).itertuples(), strict=False):
+            colour, word = ("#1a8a3a", "right") if row.right == "yes" else ("#d62728", "wrong")
+            show(axis, read_picture(row.file), recipe)
+            text = f"{row.sample_name[:30]}: P({row.of}) = {row.p:.3f}"
+            text += f"\ntrue phenotype: {row.phenotype} ({word})"
             axis.set_title(text, color=colour, fontsize=10)
-            for spine in axis.spines.values():
-                spine.set(color=colour, linewidth=4)
+            axis.spines[:].set(color=colour, linewidth=4)
         label_axes(axes)
 
 
-# ---------------------------------------------------------------- new raw runs
-
-
 def warnings_of(statistics, cohort):
-    """What lies far from the training cohort in the statistics of a new run, as one line; '' if nothing does.
+    """What lies beyond every training run in the statistics of a new run, as one line; '' if nothing does.
 
-    Far from the median means beyond four robust standard deviations (1.4826 x median absolute deviation) and beyond a
-    floor, as a small cohort of one batch varies less than instruments do: half a decade of total intensity, a tenth
-    of the axis for its ends, 0.05 for the share of intensity outside the axes.
+    Beyond by a margin, as a small cohort of one batch varies less than instruments do: a factor of three of total
+    intensity, a tenth of the axis for its ends, 0.05 for the share of intensity outside the axes.
     """
-    usual = {name: np.median(values) for name, values in cohort.items()}
-    rt, mz = usual["rt_last"] - usual["rt_first"], usual["mz_high"] - usual["mz_low"]
-    floors = {"total_intensity": 0.5, "outside": 0.05, "rt_first": 0.1 * rt, "rt_last": 0.1 * rt}
-    floors |= {"mz_low": 0.1 * mz, "mz_high": 0.1 * mz}
-    warnings = []
-    for name, floor in floors.items():
-        values = np.array([statistics[name], *cohort[name]])
-        if name == "total_intensity":
-            values = np.log10(np.maximum(values, 1e-9))
-        deviations = np.abs(values - np.median(values[1:]))
-        if deviations[0] > max(4 * 1.4826 * np.median(deviations[1:]), floor):
-            warnings.append(f"{name} is {statistics[name]:.4g} (training median {usual[name]:.4g})")
-    return "; ".join(warnings)
+    low, high = pd.DataFrame(cohort).min(), pd.DataFrame(cohort).max()
+    rt = 0.1 * (high["rt_last"] - low["rt_first"])
+    mz = 0.1 * (high["mz_high"] - low["mz_low"])
+    margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
+    far = []
+    for name, margin in margins.items():
+        if not low[name] - margin <= statistics[name] <= high[name] + margin:
+            far.append(name)
+    if not low["total_intensity"] / 3 <= statistics["total_intensity"] <= 3 * high["total_intensity"]:
+        far.append("total_intensity")
+    return "; ".join(f"{n} is {statistics[n]:.4g} (training runs: {low[n]:.4g} to {high[n]:.4g})" for n in far)
 
 
 def predict_files(runs, files, threshold=0.5, out=None):
     """Raw runs -> table of probabilities, converted with the checkpoint's recipe; returns the exit status.
 
-    Each picture becomes a PNG, once for all that vote, so that a file gives what its converted picture gives. An
-    unreadable file costs one line on stderr and exit status 1.
+    Each picture becomes a PNG, so that a file gives what its converted picture gives. An unreadable file costs one
+    line on stderr and exit status 1.
     """
     if out and Path(out).exists():
         raise InputError(f"--out {out} exists already; give another name")
     models, checkpoints = load_members(runs)
-    checkpoint, config = checkpoints[0], checkpoints[0]["config"]
+    checkpoint, *others = checkpoints
     threshold, rule = choose_threshold(models, checkpoints, threshold)
-    rows, failures = [], []
+    print(title_of(checkpoint, checkpoint["config"]["data_set"], *others), rule, "", sep="\n")
+    files, rows = files_of(files), []
     with tempfile.TemporaryDirectory() as folder:
-        for path in tqdm(files_of(files), desc="reading", unit="file", disable=None):
+        for path in tqdm(files, desc="reading", disable=None):
             try:
                 picture, statistics = picture_of_run(path, checkpoint["recipe"])
             except (InputError, OSError) as error:
-                failures.append(error)
+                tqdm.write(f"left out: {error}", file=sys.stderr)
                 continue
             png = Path(folder, f"{len(rows)}.png")
             Image.fromarray(picture).save(png)
             warning = warnings_of(statistics, checkpoint["cohort"])
-            rows.append({"file": str(path), "path": png, "label": 0, "warning": warning})
-        pictures = pd.DataFrame(rows)
-        votes = votes_of(models, pictures) if rows else None
-    print(f"{title_of(checkpoint, config['data_set'], *checkpoints[1:])}\n{rule}\n")
-    if rows:
-        _, calls = calls_of(votes, config["classes"], threshold)
-        table = pictures[["file"]].join(calls).join(pictures["warning"])
-        print(table.to_string(index=False, float_format="{:.4f}".format))
-        if out:
-            write_table(out, table)
-    for failure in failures:
-        print(f"left out: {failure}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-# ---------------------------------------------------------------- many runs
+            rows.append({"file": str(path), "warning": warning, "path": png, "label": 0})
+        if rows:
+            pictures = pd.DataFrame(rows)
+            calls = calls_of(votes_of(models, pictures), checkpoint["config"]["classes"], threshold)
+            table = pictures[["file"]].join(calls).join(pictures["warning"])
+            print(table.to_string(index=False, float_format="{:.4f}".format))
+            if out:
+                write_table(out, table)
+    return int(len(rows) < len(files))
 
 
 def runs_below(paths):
     """The run folders named, and all below a folder that is not a run itself, each once."""
     runs = []
     for path in map(Path, paths):
-        below = [] if (path / "best.pt").exists() else sorted(path.glob("**/best.pt"))
-        runs += [checkpoint.parent for checkpoint in below] or [find_run(path)]
+        runs += [checkpoint.parent for checkpoint in sorted(path.glob("**/best.pt"))] or [find_run(path)]
     return list(dict.fromkeys(runs))
 
 
@@ -379,38 +329,39 @@ def table_of(runs):
     rows = []
     for run in runs:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        epochs = pd.read_csv(run / "epochs.csv")
         settings = config["settings"]
+        seed, fold = settings.pop("seed"), settings.pop("fold")
+        epochs = pd.read_csv(run / "epochs.csv")
         best = epochs.loc[epochs["val_loss"].idxmin()]
         row = {"data_set": config["data_set"], "backbone": settings["backbone"]}
         row |= {"parameters_millions": config["parameters"] / 1e6, "best_epoch": int(best["epoch"])}
-        row |= {name: best[name] for name in epochs if name.startswith(("train_", "val_"))}
-        row |= {"seconds": epochs["seconds"].sum(), "notes": ", ".join(cautions(config)), "run": str(run)}
-        fold = settings.pop("fold")
-        row |= {"seed": settings.pop("seed"), "fold": "" if fold is None else fold}
-        rows.append(row | {"folder": "/".join(run.resolve().parts[-3:-1]), "settings": json.dumps(settings)})
+        row |= best.filter(regex="^(train|val)_").to_dict()
+        row |= {"seconds": epochs["seconds"].sum(), "seed": seed, "fold": "" if fold is None else fold}
+        row |= {"notes": ", ".join(cautions(config)), "run": str(run), "settings": json.dumps(settings)}
+        rows.append(row)
     return pd.DataFrame(rows).sort_values("val_loss", ignore_index=True)
 
 
 def replicates_of(table):
-    """{label: rows}: runs of one folder that differ in nothing but seed and fold, two or more, by median loss."""
-    labelled = {}
-    for (folder, notes), rows in table.groupby(["folder", "notes"]):
+    """{label: rows}: two runs or more that differ in nothing but seed and fold, in the order of their best loss."""
+    replicates = {}
+    for (data_set, backbone, notes), rows in table.groupby(["data_set", "backbone", "notes"], sort=False):
+        label = f"{data_set}/{backbone}" + (f" ({notes})" if notes else "")
         if rows["settings"].nunique() > 1:
-            print(f"{folder}: its runs have different settings, no replicates; train each under its own --name")
+            print(f"{label}: its runs have different settings, no replicates; train each under its own --name")
         elif len(rows) > 1:
-            labelled[f"{folder} ({notes})" if notes else folder] = rows
-    return dict(sorted(labelled.items(), key=lambda item: item[1]["val_loss"].median()))
+            replicates[label] = rows
+    return replicates
 
 
 def dunn(groups):
     """p values of Dunn's test for each pair of groups of values, with the correction for ties (Dunn 1964)."""
     ranks = rankdata(np.concatenate(groups))
-    n, ends = len(ranks), np.cumsum([len(group) for group in groups])
-    variance = n * (n + 1) / 12 * tiecorrect(ranks)  # of a rank
+    variance = ranks.var(ddof=1)  # n (n + 1) / 12 without ties, and less by Dunn's correction with them
+    ends = np.cumsum([len(group) for group in groups])
     p = []
     for a, b in itertools.combinations(np.split(ranks, ends[:-1]), 2):
-        error = math.sqrt(variance * (1 / len(a) + 1 / len(b)))
+        error = np.sqrt(variance * (1 / len(a) + 1 / len(b)))
         p.append(2 * norm.sf(abs(a.mean() - b.mean()) / error))
     return p
 
@@ -418,89 +369,64 @@ def dunn(groups):
 def tests_of(replicates, metrics):
     """Table of p values: Kruskal-Wallis, then Dunn for each pair, adjusted after Benjamini and Hochberg; by metric."""
     pairs = [f"{a} / {b}" for a, b in itertools.combinations(replicates, 2)]
-    tests = pd.DataFrame(index=["Kruskal-Wallis", *pairs], columns=metrics, dtype=float)
+    tests = pd.DataFrame(np.nan, ["Kruskal-Wallis", *pairs], metrics)
     for name in metrics:
-        groups = [rows[name].to_numpy() for rows in replicates.values()]
-        values = np.concatenate(groups)
-        if np.isfinite(values).all() and len(np.unique(values)) > 1:  # else nothing can be said
+        groups = [rows[name] for rows in replicates.values()]
+        if np.ptp(np.concatenate(groups)) > 0:  # else, or where one is undefined, nothing can be said
             tests[name] = [kruskal(*groups).pvalue, *false_discovery_control(dunn(groups))]
     return tests
 
 
 def draw_replicates(path, replicates, metrics):
     """Article, Figures 1 and 3: median of each metric, standard deviation as error bar, a dot for each replicate."""
-    ticks = [label.replace(" (", "\n(") for label in replicates]
-    size = (3 + 2.1 * len(metrics), 1.8 + 0.5 * len(ticks))
+    size = (3 + 2.1 * len(metrics), 1.8 + 0.5 * len(replicates))
     title = "Replicates on validation pictures: median, standard deviation, each run"
     with figure(path, title, size, ncols=len(metrics), sharey=True, squeeze=False) as axes:
         for ax, name in zip(axes[0], metrics, strict=True):
-            values = [rows[name] for rows in replicates.values()]
-            medians, deviations = [v.median() for v in values], [v.std() for v in values]
-            ax.barh(ticks, medians, xerr=deviations, color="lightsteelblue", capsize=3, height=0.65)
-            for y, group in enumerate(values):
-                ax.plot(group, [y] * len(group), "o", color="black", markersize=3.5, alpha=0.7)
-            ax.set_xlabel(words(name))
-            ax.spines[["top", "right"]].set_visible(False)
+            for label, rows in replicates.items():
+                tick = label.replace(" (", "\n(")
+                ax.barh(tick, rows[name].median(), xerr=rows[name].std(), color="lightsteelblue", capsize=3)
+                ax.plot(rows[name], [tick] * len(rows), "k.", alpha=0.7)
+            ax.set_xlabel(name)
         axes[0, 0].invert_yaxis()
-
-
-def markdown(table):
-    """A DataFrame as a Markdown table, its columns aligned."""
-    rows = [[words(name) for name in table.columns]]
-    rows += [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.to_numpy()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
 def compare(runs, out):
     """Tables 1 and 2 for many runs; Figure 1 or 3 and its tests for replicates among them."""
     table = table_of(runs)
     metrics = [name for name in COMPARED if name in table]
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_table(out / "comparison.csv", table.drop(columns=["folder", "settings"]))
+    write_table(out / "comparison.csv", table.drop(columns="settings"))
     columns = ["data_set", "backbone", "parameters_millions", "best_epoch", "train_loss", *metrics]
-    shown = table[[*columns, "seconds", "seed", "fold", "notes"]].rename(columns=words)
-    text = [f"# {len(table)} runs", "The best epoch by validation loss, sorted by it.", markdown(shown)]
-    if replicates := replicates_of(table):
-        together = pd.concat(replicates, names=["replicates_of"]).groupby(level=0, sort=False)[metrics]
-        medians, deviations = together.median(), together.std()
-        cells = medians.map("{:.3f}".format) + " ± " + deviations.map("{:.3f}".format)
-        cells["runs"] = together.size()
-        numbers = medians.add_suffix("_median").join(deviations.add_suffix("_deviation")).join(cells["runs"])
-        write_table(out / "replicates.csv", numbers.reset_index())
-        text += ["## Replicates", "Median ± standard deviation; see replicates.png.", markdown(cells.reset_index())]
+    columns += ["seconds", "seed", "fold", "notes"]
+    parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table[columns]}
+    replicates = replicates_of(table)
+    if replicates:
+        groups = pd.concat(replicates, names=["replicates of"]).groupby(level=0, sort=False)
+        together = groups[metrics].agg(["median", "std"])
+        together["runs", ""] = groups.size()
+        parts["Replicates: median and standard deviation; see replicates.png"] = together
         draw_replicates(out / "replicates.png", replicates, metrics)
     contenders = {label: rows for label, rows in replicates.items() if "shuffled" not in label}
     if len(contenders) > 1:
-        tests = tests_of(contenders, metrics)
-        tests = tests.rename_axis("pair").reset_index()
-        write_table(out / "dunn.csv", tests)
-        text += ["## Tests", TESTS, markdown(tests)]
+        parts[f"p values. {TESTS}"] = tests_of(contenders, metrics)
+    text = [f"{title}\n\n```\n{part.to_string(float_format='{:.3g}'.format)}\n```" for title, part in parts.items()]
     write_text(out / "comparison.md", "\n\n".join(text))
-    print("\n\n".join(text) + f"\n\nresults: {out}/")
-
-
-# ---------------------------------------------------------------- command line
+    print(*text, f"results: {out}/", sep="\n\n")
 
 
 def make_parser():
     parser = Parser(__doc__)
-    runs = "run folder (default: the newest); several, or a folder of runs, are compared by their validation split"
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
-    ensemble = "several runs or folds of one data set vote: the mean of their probabilities is judged as one run"
-    parser.add_argument("--ensemble", action="store_true", help=ensemble)
-    out = "folder for results (default: the run, or the common folder of several, or its ensemble/); --predict: a CSV"
-    parser.add_argument("--out", help=out)
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="a run (default: the newest); several, or a folder, are compared")
+    add("--ensemble", action="store_true", help="runs or folds of one data set vote and are judged as one run")
+    add("--out", help="folder (default: the run; of several the common one, or its ensemble/); with --predict a CSV")
     add = parser.add_argument_group("one run, or an ensemble").add_argument
     add("--data", metavar="DIR", help="another data set, or where the run's own has moved")
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
     threshold = "call class 1 from this probability on; val chooses it on the validation split"
     add("--threshold", type=number(float, 0, "val"), default=0.5, metavar="P|val", help=threshold)
-    add = parser.add_argument_group("new raw runs").add_argument
-    files = "mzML or mzXML files, or folders of them; several runs vote; an existing --out is never replaced"
-    add("--predict", nargs="+", metavar="FILE", help=files)
+    add("--predict", nargs="+", metavar="FILE", help="new mzML or mzXML files, or folders; --out is never replaced")
     return parser
 
 
@@ -508,15 +434,16 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     runs = runs_below(args.runs) if args.runs else [find_run()]
-    common = Path(args.runs[0] if len(args.runs) == 1 else os.path.commonpath([run.resolve() for run in runs]))
     if args.predict:
         return predict_files(runs, args.predict, args.threshold, args.out)
+    common = os.path.commonpath([run.resolve() for run in runs])
+    common = Path(args.runs[0] if len(args.runs) == 1 else common)
     if len(runs) == 1 or args.ensemble:
         home = runs[0] if len(runs) == 1 else common / "ensemble"
         return evaluate(runs, home, args.data, args.split, args.threshold, args.out)
     if args.data or args.split != "test" or args.threshold != 0.5:
         parser.error(f"--data, --split and --threshold take one run, or --ensemble, not {len(runs)} runs to compare")
-    return compare(runs, args.out or common)
+    return compare(runs, Path(args.out or common))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +40,45 @@ def test_intervals_are_seeded_keep_the_classes_and_agree_with_the_binomial_distr
     assert alone.loc[["recall", "roc_auc"]].isna().all(axis=None) and alone.loc["accuracy", "value"] == 1
 
 
-def test_the_area_under_the_drawn_roc_curve_is_the_auc_ties_included():
+@pytest.fixture()
+def drawn(monkeypatch):
+    """The axes of each figure that is drawn, in order."""
+    axes, figure = [], evaluate.figure
+
+    @contextmanager
+    def recording(*arguments, **options):
+        with figure(*arguments, **options) as ax:
+            yield ax
+            axes.append(ax)
+
+    monkeypatch.setattr(evaluate, "figure", recording)
+    return axes
+
+
+def test_the_area_under_the_drawn_roc_curve_is_the_auc_ties_included(drawn, tmp_path):
     rng = np.random.default_rng(0)
-    labels, score = rng.integers(0, 2, 60), rng.integers(0, 8, 60) / 8
-    x, y = evaluate.roc_curve(labels == 1, score)
-    assert np.trapezoid(y, x) == pytest.approx(evaluate.metrics_of(labels, score[:, None])["roc_auc"])
+    labels, score = rng.integers(0, 2, 60), rng.integers(1, 9, 60) / 9
+    probabilities = np.stack([1 - score, score], axis=1)
+    confusion = evaluate.confusion_of(labels, (score >= 0.5).astype(int), 2)
+    table = evaluate.judge(labels, np.log(probabilities))
+    arguments = [labels, probabilities, confusion, table.loc["roc_auc"], ["no", "yes"], "title"]
+    evaluate.draw_roc(tmp_path / "roc.png", *arguments)
+    lines = {line.get_label(): line.get_xydata() for line in drawn[0].lines}
+    assert np.trapezoid(lines["yes"][:, 1], lines["yes"][:, 0]) == pytest.approx(table["value"]["roc_auc"])
+    assert lines["yes"][[0, -1]].tolist() == [[0, 0], [1, 1]]
+    assert lines["threshold"][0].tolist() in [point.tolist() for point in lines["yes"]]  # it lies on the curve
+    evaluate.draw_roc(tmp_path / "cases.png", labels[labels == 1], probabilities[labels == 1], *arguments[2:])
+    assert [line.get_label() for line in drawn[1].lines] == ["chance", "threshold"]  # one class alone has no curve
 
 
-def test_reliability_counts_every_picture_once():
-    bins = evaluate.reliability(np.array([False, False, True, True]), np.array([0.05, 0.15, 0.95, 1.0]), 5)
-    assert bins.round(3).to_numpy().tolist() == [[0.1, 0.0, 2], [0.975, 1.0, 2]]
+def test_calibration_counts_every_picture_once(drawn, tmp_path):
+    table = pd.DataFrame({"p": [0.05, 0.15, 0.95, 1.0, 0.9], "phenotype": list("aabba"), "of": "b"})
+    evaluate.draw_calibration(tmp_path / "calibration.png", table, "title")
+    dots = [line.get_xydata()[0].round(3).tolist() for line in drawn[0].lines if line.get_marker() == "o"]
+    assert dots == [[0.1, 0.0], [0.95, 0.667]]
+    assert [text.get_text().strip() for text in drawn[0].texts] == ["2", "3"]
+    limits = drawn[0].lines[3].get_ydata()  # Wilson's for 2 of 3 (Newcombe 1998)
+    assert limits.tolist() == pytest.approx([0.2077, 0.9385], abs=1e-4)
 
 
 def test_the_best_threshold_lies_between_the_scores_it_separates():
@@ -166,7 +196,7 @@ def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, c
     capsys.readouterr()
     assert run("evaluate.py", folds, "--ensemble", "--threshold", 0.45, cwd=tmp_path) == (0, "")
     printed = capsys.readouterr().out
-    assert "ensemble of 3 (pixels) on data, test split, 10 pictures\nno network\n" in printed.replace("; ", "\n")
+    assert "ensemble of 3; pixels on data, test split, 10 pictures; no network\n" in printed
     assert all(f"{folds}/seed2643-fold{k}, epoch" in printed for k in range(3))
     result, table = judged(folds / "ensemble")
     assert table["sample_name"].equals(members[0]["sample_name"])
@@ -181,12 +211,12 @@ def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, c
 
 
 def test_of_more_classes_the_spread_is_that_of_the_class_called():
-    votes = np.array([[[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]], [[0.1, 0.4, 0.5], [0.3, 0.3, 0.4]]])
-    called, table = evaluate.calls_of(votes, ["a", "b", "c"], None)
-    assert called.tolist() == [2, 0] and table["called"].tolist() == ["c", "a"]
+    votes = np.array([[[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]], [[0.1, 0.4, 0.5], [0.4, 0.3, 0.3]]])
+    table = evaluate.calls_of(votes, ["a", "b", "c"], None)
+    assert table["called"].tolist() == ["c", "a"]
     assert table[["probability_a", "probability_b", "probability_c"]].to_numpy() == pytest.approx(votes.mean(0))
-    assert table["spread"].tolist() == pytest.approx([0.1, 0.1])
-    assert "spread" not in evaluate.calls_of(votes[:1], ["a", "b", "c"], None)[1]
+    assert table["spread"].tolist() == pytest.approx([0.1, 0.05])
+    assert "spread" not in evaluate.calls_of(votes[:1], ["a", "b", "c"], None)
 
 
 def test_a_fold_among_the_members_keeps_train_and_val_from_being_judged(two, folds, tmp_path):
@@ -213,9 +243,9 @@ def test_only_runs_of_one_data_set_its_axes_and_classes_vote(two, tmp_path):
     data, folder = two
     settings = {"pictures": 1}
     for name, change, words in (
-        ("classes", lambda c: c["config"]["classes"].reverse(), "its classes are user, non-user, but non-user, user"),
+        ("classes", lambda c: c["config"]["classes"].reverse(), "its classes, or which of them is positive, are not"),
         ("axes", lambda c: c["recipe"].update(rt_max="12.0"), "another kind of picture than the others"),
-        ("data", lambda c: c["config"]["settings"].update(settings), "trained on another data set or split than"),
+        ("data", lambda c: c["config"]["settings"].update(settings), "its data set, or how it was split, is not"),
     ):
         other = altered(folder, tmp_path / name, change)
         for flags in (["--ensemble"], ["--predict", data.parent / "raw/user00.mzML"]):
@@ -228,7 +258,7 @@ def test_what_must_be_said_of_one_member_is_said_of_the_ensemble(two, tmp_path, 
     shuffled = altered(two[1], tmp_path / "x", lambda c: c["config"]["settings"].update(shuffle_labels=True))
     assert run("evaluate.py", two[1], shuffled, "--ensemble", "--out", "out", cwd=tmp_path) == (0, "")
     title = judged(tmp_path / "out")[0]["title"]
-    assert title.startswith("ensemble of 2 (pixels) on data") and title.endswith(
+    assert title.startswith("ensemble of 2; pixels on data") and title.endswith(
         "no network; trained on shuffled labels"
     )
 
@@ -326,11 +356,17 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     assert table["notes"].tolist()[:4] == ["", "no network", "random initialisation", ""]
     assert "shuffled" in table["notes"]["vgg11"]
     text = (tmp_path / "comparison.md").read_text()
-    header = next(line for line in text.splitlines() if line.startswith("| data set"))
-    columns = ["data set", "backbone", "parameters millions", "best epoch", "train loss", "val loss"]
-    columns += ["val accuracy", "val F1", "val precision", "val recall", "seconds"]
-    assert [cell.strip() for cell in header.strip("|").split("|")][:11] == columns
+    header = next(line for line in text.splitlines() if "data_set" in line)
+    columns = ["data_set", "backbone", "parameters_millions", "best_epoch", "train_loss", "val_loss"]
+    columns += ["val_accuracy", "val_f1", "val_precision", "val_recall", "seconds"]
+    assert header.split()[:11] == columns
     assert "Kruskal" not in text  # no replicates, no tests
+
+
+def replicates_in(path):
+    """{label: [numbers]} of the table of replicates in a comparison.md."""
+    lines = path.read_text().split("replicates of")[1].split("```")[0].strip().splitlines()
+    return {label: list(map(float, numbers.split())) for label, numbers in (line.split("  ", 1) for line in lines)}
 
 
 LOSSES = {
@@ -362,16 +398,16 @@ def test_replicates_are_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
         table_run(tmp_path, "mixed", seed, 0.5, optimizer=("adam", "rmsprop")[seed])
     table_run(tmp_path, "once", 0, 0.2)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
-    table = pd.read_csv(tmp_path / "replicates.csv").set_index("replicates_of")
+    table = replicates_in(tmp_path / "comparison.md")
     runs = {"golestan/mobileone_s3": 5, "golestan/pixels (no network)": 3, "golestan/resnet18": 5}
     runs |= {"golestan/vgg11": 5, "golestan/resnet18 (trained on shuffled labels)": 2}
-    assert table["runs"].to_dict() == runs
+    assert {label: numbers[-1] for label, numbers in table.items()} == runs
     assert "golestan/mixed: its runs have different settings" in capsys.readouterr().out
-    assert table["val_loss_median"]["golestan/mobileone_s3"] == pytest.approx(0.29)
-    deviation = np.std(LOSSES["mobileone_s3"], ddof=1)
-    assert table["val_loss_deviation"]["golestan/mobileone_s3"] == pytest.approx(deviation)
-    pairs = pd.read_csv(tmp_path / "dunn.csv")["pair"]
-    assert len(pairs) == 1 + 6 and not pairs.str.contains("shuffled").any()  # a control is not a contender
+    median, deviation = table["golestan/mobileone_s3"][:2]
+    assert median == pytest.approx(0.29)
+    assert deviation == pytest.approx(np.std(LOSSES["mobileone_s3"], ddof=1), rel=0.01)
+    pairs = [line for line in (tmp_path / "comparison.md").read_text().splitlines() if " / " in line]
+    assert len(pairs) == 6 and not any("shuffled" in pair for pair in pairs)  # a control is not a contender
     assert (tmp_path / "replicates.png").exists()
 
 
@@ -380,9 +416,9 @@ def test_one_backbone_on_several_data_sets_is_compared_by_data_set(tmp_path):
         for seed in range(3):
             table_run(tmp_path, "mobileone_s3", seed, 0.3 + shift + seed / 100, data_set)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
-    labels = pd.read_csv(tmp_path / "replicates.csv")["replicates_of"]
-    assert list(labels) == [f"{name}/mobileone_s3" for name in ("bins500_copies", "bins500", "bins1000")]
-    assert "data set" in (tmp_path / "comparison.md").read_text()
+    assert list(replicates_in(tmp_path / "comparison.md")) == [
+        f"{name}/mobileone_s3" for name in ("bins500_copies", "bins500", "bins1000")
+    ]
 
 
 @pytest.mark.parametrize(
