@@ -137,8 +137,8 @@ def shifted(picture, rt_shift, mz_shift, fill):
 
 def draw_shifts(sample_name, n, max_shift, seed):
     """n different (rt, mz) shifts in whole pixels, never (0, 0); the draw depends on nothing but seed and name."""
-    side = range(-max_shift, max_shift + 1)
-    shifts = [(rt, mz) for rt in side for mz in side if (rt, mz) != (0, 0)]
+    along_rt, along_mz = (range(-most, most + 1) for most in max_shift)
+    shifts = [(rt, mz) for rt in along_rt for mz in along_mz if (rt, mz) != (0, 0)]
     rng = np.random.default_rng([seed, zlib.crc32(sample_name.encode())])
     return [shifts[i] for i in rng.choice(len(shifts), n, replace=False)]
 
@@ -477,7 +477,8 @@ def parse_arguments(argv=None):
     add("--colormap", default="jet", choices=list(matplotlib.colormaps), metavar="NAME", help="of matplotlib")
     add = parser.add_argument_group("shifted copies of training pictures").add_argument
     add("--augment", type=number(int, 0), default=0, metavar="N", help="copies of each training picture (article: 9)")
-    add("--max-shift", type=number(int, 0), default=5, metavar="PIXELS", help="largest shift on either axis")
+    shift = "largest shift, one number for both axes, or time and m/z (instruments drift in time: 5 0)"
+    add("--max-shift", type=number(int, 0), nargs="+", default=[5], metavar="PIXELS", help=shift)
     add = parser.add_argument_group("split, for tables without a split column").add_argument
     add("--test", type=float, default=0.1, help="share of all runs for the test split")
     add("--val", type=float, default=0.2, help="share of the other runs for validation")
@@ -494,17 +495,20 @@ def parse_arguments(argv=None):
         args = parser.parse_args(argv)
         args.raw_dir, args.samples, args.out_dir = f"{args.demo}/raw", f"{args.demo}/raw/samples.csv", args.demo
 
-    args.bins = args.bins * 2 if len(args.bins) == 1 else args.bins
+    for name in ("bins", "max_shift"):
+        values = getattr(args, name)
+        if len(values) > 2:
+            parser.error(f"--{name.replace('_', '-')} takes one or two numbers")
+        setattr(args, name, values * 2 if len(values) == 1 else values)
     if args.out_dir is None:
         parser.error("needs RAW_DIR, SAMPLES.csv and OUT_DIR (or --demo)")
-    if len(args.bins) != 2:
-        parser.error("--bins takes one or two numbers")
     for low, high in filter(None, (args.rt_range, args.mz_range)):
         if not low < high:
             parser.error(f"a range needs MIN below MAX, not {low:g} {high:g}")
     if not (0 < args.test < 1 and 0 < args.val < 1):
         parser.error("--test and --val are shares between 0 and 1")
-    if args.augment >= (2 * args.max_shift + 1) ** 2 or args.max_shift >= min(args.bins):
+    n_shifts = math.prod(2 * most + 1 for most in args.max_shift) - 1
+    if args.augment > n_shifts or any(most >= bins for most, bins in zip(args.max_shift, args.bins, strict=True)):
         parser.error(f"--max-shift {args.max_shift} does not allow {args.augment} different copies of {args.bins} bins")
     return args
 

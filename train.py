@@ -42,7 +42,6 @@ import timm
 import torch
 import torch.distributed as dist
 from optuna.visualization.matplotlib import plot_optimization_history
-from scipy.ndimage import gaussian_filter1d
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -89,6 +88,9 @@ AUGMENTATION = {
     "article": {"warp": 0.0, "gain": 0.0, "erase": 1.0, "erase_size": 0.33, "rotate": 5.0, "color_jitter": 0.25},
     "none": {"warp": 0.0, "gain": 0.0, "erase": 0.0, "erase_size": 0.01, "rotate": 0.0, "color_jitter": 0.0},
 }
+
+# Of a head that is solved: L2 penalties, from strong to weak.
+PENALTIES = np.logspace(0, -7, 15)
 
 # What --tune tries, every combination of it: flags and their values.
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
@@ -404,6 +406,16 @@ def extract_features(model, pictures, n_draws, args):
     return features.unflatten(0, (n_draws, len(pictures)))
 
 
+def is_solved(model, args):
+    """Is the head of this model solved (--optimizer lbfgs) or trained in the loop?"""
+    stored = model.frozen and views_of(model, args) > 0
+    if args.optimizer == "lbfgs" and not stored:
+        raise InputError(
+            "--optimizer lbfgs solves a frozen backbone's head: it needs --finetune head and stored --views"
+        )
+    return args.optimizer == "lbfgs" or (args.optimizer == "auto" and stored)
+
+
 def views_of(model, args):
     """How many draws of each training picture are stored as features; 0: fresh draws of the picture in every epoch."""
     if args.views == "auto":
@@ -459,7 +471,9 @@ def autocast(args):
 def make_optimizer(model, args, lr):
     """(optimizer of what is trained, scaler of its gradients under float16)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[args.optimizer](trained, lr=lr, weight_decay=args.weight_decay)
+    optimizer = OPTIMIZERS["adamax" if args.optimizer == "auto" else args.optimizer](
+        trained, lr=lr, weight_decay=args.weight_decay
+    )
     return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=args.amp and DEVICE.type == "cuda")
 
 
@@ -496,6 +510,13 @@ def collect(outputs):
         dist.all_gather_object(parts, outputs)
         outputs = [batch for part in parts for batch in part]
     return torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
+
+
+def scores_of(split, outputs):
+    """Loss and metrics of the batches of every process, {"<split>_<name>": value}."""
+    logits, labels = collect(outputs)
+    values = {"loss": loss_of(logits, labels).item(), **metrics_of(labels.numpy(), logits)}
+    return {f"{split}_{name}": float(value) for name, value in values.items()}
 
 
 def best_of(history):
@@ -542,11 +563,7 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
         with autocast(args):
             held_out = predict(model, loaders["val"])
 
-        row = {"epoch": epoch}
-        for split, batches in (("train", outputs), ("val", held_out)):
-            logits, labels = collect(batches)
-            row[f"{split}_loss"] = loss_of(logits, labels).item()
-            row |= {f"{split}_{name}": float(value) for name, value in metrics_of(labels.numpy(), logits).items()}
+        row = {"epoch": epoch, **scores_of("train", outputs), **scores_of("val", held_out)}
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
@@ -558,8 +575,7 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
         improved = best_of(history) is row
         if improved:
             best = trained_weights(model)
-        values = "  ".join(f"{name} {row[name]:.3f}" for name in ("train_loss", "val_loss", *shown_metrics(row)))
-        say(f"epoch {epoch:3d}/{args.epochs}  {values}  {row['seconds']:.1f} s{'  *' * improved}")
+        say_row(f"epoch {epoch:3d}/{args.epochs}", row, improved)
         if run:
             contents = {name: part.state_dict() for name, part in states.items()}
             contents |= {"model": trained_weights(model), "best": best, "history": history}
@@ -569,49 +585,93 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
     return history, best
 
 
+def say_row(what, row, improved):
+    values = "  ".join(f"{name} {row[name]:.3f}" for name in ("train_loss", "val_loss", *shown_metrics(row)))
+    say(f"{what}  {values}  {row['seconds']:.1f} s{'  *' * improved}")
+
+
 def shown_metrics(columns):
     """The first three metrics of the validation pictures: what is shown while training, and in curves.png."""
     return [name for name in columns if name.startswith("val_") and name != "val_loss"][:3]
 
 
+# ---------------------------------------------------------------- the head of a frozen backbone, solved
+
+
+def solve_head(model, loaders, args, run=None, report=lambda row: None):
+    """What `fit` returns, a row for each L2 penalty: logistic regression on stored features, solved by L-BFGS.
+
+    The head of a frozen backbone is a convex problem, so there is no rate to choose and no order of batches; what is
+    chosen on the validation pictures is the penalty, from strong to weak. All draws of a picture count as pictures.
+    """
+    stored = loaders["train"].dataset
+    with torch.no_grad():
+        x = stored.features[:, stored.rows].flatten(0, 1).to(DEVICE)
+        x = model.standardize.eval()(x) / model.n_features**0.5
+    y = torch.as_tensor(stored.labels, device=DEVICE).repeat(len(stored.features))
+    history, best = [], None
+    for penalty in PENALTIES:
+        began = time.time()
+        optimizer = torch.optim.LBFGS(model.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+        def objective(optimizer=optimizer, penalty=penalty):
+            optimizer.zero_grad()
+            loss = loss_of(model.head(x), y) + penalty / 2 * model.head.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(objective)
+        outputs = [(model.head(x).detach().cpu(), y.cpu())] if RANK == 0 or WORLD == 1 else []
+        row = {
+            "epoch": len(history) + 1,
+            **scores_of("train", outputs),
+            **scores_of("val", predict(model, loaders["val"])),
+        }
+        row |= {"l2": penalty, "seconds": round(time.time() - began, 2)}
+        history.append(row)
+        improved = best_of(history) is row
+        if improved:
+            best = trained_weights(model)
+        say_row(f"L2 penalty {penalty:.0e}", row, improved)
+        report(row)
+    if run and RANK == 0:
+        write_table(run / "epochs.csv", pd.DataFrame(history))
+    return history, best
+
+
 # ---------------------------------------------------------------- learning-rate range test
 
 
-def find_lr(model, loader, args, run=None):
-    """Learning rate of steepest descent (Smith 2017, arXiv:1506.01186); leaves everything else as it was.
+def find_lr(model, loader, args, run=None, n_steps=8):
+    """Learning rate whose first steps lower the loss most; leaves everything else as it was.
 
-    The rate grows geometrically from 1e-7 to 1 over 100 batches, until the loss of five batches exceeds four times its
-    best. Writes lr_find.csv and lr_find.png into `run`.
+    Smith's range test (2017, arXiv:1506.01186) raises the rate from step to step. On small data sets its curve is the
+    progress of the steps before, not of the rate; so here every rate, four a decade, starts from the same weights and
+    takes the same batches, and its loss is that of the later half of them. Writes lr_find.csv and .png into `run`.
     """
     before = copy.deepcopy(model.state_dict())
-    rates, losses = np.geomspace(1e-7, 1, 100), []
-    optimizer, scaler = make_optimizer(model, args, rates[0])
-    network = distributed(model)
-    batches = endless(loader)
-    model.train()
-    with torch.random.fork_rng([DEVICE] if DEVICE.type == "cuda" else []):
+    batches = list(itertools.islice(endless(loader), n_steps))
+    network, losses = distributed(model), {}
+    for rate in progress(np.logspace(-5, 0, 21), "learning-rate range test"):
+        model.load_state_dict(before)
+        model.train()
+        optimizer, scaler = make_optimizer(model, args, rate)
         torch.manual_seed(args.seed)
-        for rate in progress(rates, "learning-rate range test"):
-            optimizer.param_groups[0]["lr"] = rate
-            outputs = train_batch(network, optimizer, scaler, *next(batches), args)
-            losses.append(loss_of(*collect([outputs])).item())
-            smooth = pd.Series(losses).rolling(5, min_periods=1).mean()
-            if not math.isfinite(losses[-1]) or smooth.iloc[-1] > 4 * smooth.min():
-                break
+        outputs = [train_batch(network, optimizer, scaler, x, y, args) for x, y in batches]
+        losses[rate] = loss_of(*collect(outputs[n_steps // 2 :])).item()
+        if not losses[rate] < 2 * min(losses.values()):
+            break
     model.load_state_dict(before)
     model.zero_grad()
-    lr, reason, smooth = suggest_lr(rates, losses)
+    lr, reason = suggest_lr(losses)
     if run and RANK == 0:
-        table = pd.DataFrame(
-            {"lr": pd.Series(rates), "loss": pd.Series(losses), "smoothed_loss": pd.Series(smooth)}
-        ).dropna()
+        table = pd.DataFrame({"lr": losses.keys(), "loss": losses.values()})
         write_table(run / "lr_find.csv", table)
         with figure(run / "lr_find.png", "Learning-rate range test", (6, 4)) as axes:
-            axes.plot(table["lr"], table["loss"], color="0.8", label="loss of the batch")
-            axes.plot(table["lr"], table["smoothed_loss"], label="smoothed")
+            axes.plot(table["lr"], table["loss"], marker=".")
             axes.axvline(lr, color="tab:red", linestyle="--", label=f"{lr:.2g}: {reason}")
-            axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(0, 4 * losses[0]))
-            axes.legend(loc="upper left")
+            axes.set(xscale="log", xlabel="learning rate", ylabel=f"loss of steps {n_steps // 2 + 1} to {n_steps}")
+            axes.legend()
     say(f"learning-rate range test: {lr:.2g} ({reason})")
     return lr
 
@@ -622,22 +682,12 @@ def endless(loader):
         yield from loader
 
 
-def suggest_lr(rates, losses):
-    """(learning rate, why, smoothed loss): where the smoothed loss falls fastest along log(rate).
-
-    Smoothed with a Gaussian of half a decade: centred, for a running mean lags behind and suggests too high a rate.
-    Only the first fall counts: what comes after the loss has risen again is the noise of a shaken network. A network
-    that starts at random may need more batches than these to learn anything: where no fall exceeds 2 %, it is 1e-3.
-    """
-    losses = np.array([loss for loss in losses if math.isfinite(loss)])
-    per_decade = (len(rates) - 1) / math.log10(rates[-1] / rates[0])
-    smooth = gaussian_filter1d(losses, per_decade / 2, mode="nearest")
-    lowest = np.minimum.accumulate(smooth)
-    risen = np.flatnonzero(smooth - lowest > np.maximum((smooth[0] - lowest) / 2, 0.02 * smooth[0]))
-    valley = int(smooth[: risen[0] if len(risen) else None].argmin())
-    if smooth[0] - smooth[valley] > 0.02 * smooth[0]:
-        return float(rates[np.gradient(smooth)[: valley + 1].argmin()]), "steepest descent", smooth
-    return 1e-3, "no descent; the usual rate", smooth
+def suggest_lr(losses):
+    """(learning rate, why) of {rate: loss}: of the lowest loss, or 1e-3 where no loss is lower than the first."""
+    lr = min(losses, key=losses.get)
+    if losses[lr] < 0.999 * next(iter(losses.values())):
+        return float(lr), "lowest loss"
+    return 1e-3, "no descent; the usual rate"
 
 
 # ---------------------------------------------------------------- one training
@@ -736,12 +786,7 @@ def train_once(args, pictures, classes, recipe, store):
     if RANK == 0:
         write_json(run / "config.json", config)
         draw_transformed(run, originals, model, recipe, args)
-    lr = args.lr
-    if lr == "auto" and (run / "last.pt").exists():
-        lr = float(pd.read_csv(run / "epochs.csv")["lr"][0])
-    elif lr == "auto":
-        lr = find_lr(model, loaders["train"], args, run)
-    history, best_weights = fit(model, loaders, args, lr, run)
+    history, best_weights = learn(model, loaders, args, run)
 
     best = best_of(history)
     model.load_state_dict(best_weights, strict=False)
@@ -752,19 +797,34 @@ def train_once(args, pictures, classes, recipe, store):
     if RANK == 0:
         control = ", shuffled labels" * args.shuffle_labels
         draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
-    say(f"best epoch: {best['epoch']}, validation loss {best['val_loss']:.3f}\nrun folder: {run}")
+    say(f"best validation loss: {best['val_loss']:.3f}, row {best['epoch']} of epochs.csv\nrun folder: {run}")
     return run
 
 
+def learn(model, loaders, args, run=None, report=lambda row: None):
+    """(history, best weights) of the way that suits the model."""
+    if is_solved(model, args):
+        return solve_head(model, loaders, args, run, report)
+    lr = args.lr
+    if lr == "auto" and run and (run / "last.pt").exists():
+        lr = float(pd.read_csv(run / "epochs.csv")["lr"][0])
+    elif lr == "auto":
+        lr = find_lr(model, loaders["train"], args, run)
+    return fit(model, loaders, args, lr, run, report)
+
+
 def draw_curves(run, history, title):
-    table, best = pd.DataFrame(history), best_of(history)["epoch"]
+    table, best = pd.DataFrame(history), best_of(history)
+    x = "l2" if "l2" in table else "epoch"
     with figure(run / "curves.png", title, (10, 4), ncols=2) as (left, right):
         for axes, columns in ((left, ["train_loss", "val_loss"]), (right, shown_metrics(table))):
             for name in columns:
-                axes.plot(table["epoch"], table[name], marker=".", label=name)
-            axes.axvline(best, color="0.6", linestyle="--", label=f"best epoch ({best})")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set_xlabel("epoch")
+                axes.plot(table[x], table[name], marker=".", label=name)
+            axes.axvline(best[x], color="0.6", linestyle="--", label=f"best ({best[x]:.2g})")
+            axes.set(xlabel="epoch")
+            if x == "l2":
+                axes.set(xlabel="L2 penalty of the head", xscale="log")
+                axes.invert_xaxis()  # to the right the head is freer, as it is after more epochs
             axes.legend()
         left.set(title="Loss", ylim=(0, 1.05 * left.get_ylim()[1]))
         right.set(title="Validation")
@@ -819,8 +879,7 @@ def tune(args, pictures, classes, recipe, store):
                 raise optuna.TrialPruned
 
         try:
-            lr = find_lr(model, loaders["train"], trial_args) if trial_args.lr == "auto" else trial_args.lr
-            history, _ = fit(model, loaders, trial_args, lr, report=report)
+            history, _ = learn(model, loaders, trial_args, report=report)
         except InputError as error:
             say(f"trial {trial.number} is given up: {error}")
             raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
@@ -895,7 +954,8 @@ def make_parser():
     add("--patience", type=number(int, 1), default=10, help="stop after so many without a better validation loss")
     add("--batch-size", type=number(int, 1), default=32, help="pictures a step, of each process")
     add("--lr", type=number(float, 1e-12, "auto"), default="auto", help="learning rate, or auto: range test")
-    add("--optimizer", choices=list(OPTIMIZERS), default="adamax", help="the article's best is adamax")
+    optimizer = "auto: lbfgs, which solves the head of a frozen backbone on its stored features; else adamax"
+    add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=optimizer)
     add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's best is cosine")
     add("--weight-decay", type=number(float, 0), default=2e-5, help="L2 penalty (adamw: decoupled)")
     add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: on CUDA only)")

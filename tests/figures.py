@@ -57,7 +57,7 @@ def draw_steps(run, box, path):
 
 
 def draw_properties(run, box, path):
-    rt_shift, mz_shift = convert.draw_shifts(run.name.split(".")[0], 1, 5, 2643)[0]
+    rt_shift, mz_shift = convert.draw_shifts(run.name.split(".")[0], 1, (5, 5), 2643)[0]
     figure, axes = plt.subplots(2, 4, figsize=(14, 7.4), sharex=True, sharey=True, layout="constrained")
     for line, (normalize, label) in zip(axes, LABELS.items(), strict=True):
         for pair, bins in ((0, 500), (2, 1000)):

@@ -172,9 +172,10 @@ def test_shifted_copy_moves_right_and_up_and_never_wraps(rt, mz):
 
 
 def test_shifts_are_reproducible_and_differ_between_pictures_and_within_one():
-    first, again, other = (convert.draw_shifts(name, 9, 5, 2643) for name in ("run1", "run1", "run2"))
+    first, again, other = (convert.draw_shifts(name, 9, (5, 5), 2643) for name in ("run1", "run1", "run2"))
     assert first == again != other and len(set(first)) == 9 and (0, 0) not in first
-    assert len(set(convert.draw_shifts("run1", 8, 1, 0))) == 8
+    assert len(set(convert.draw_shifts("run1", 8, (1, 1), 0))) == 8
+    assert {mz for _, mz in convert.draw_shifts("run1", 9, (5, 0), 2643)} == {0}  # along time alone
 
 
 # ---------------------------------------------------------------- metrics

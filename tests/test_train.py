@@ -1,6 +1,7 @@
 """Facts about training, on the command line and in its parts."""
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -234,16 +235,43 @@ def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_pat
     assert epochs_of(auto).equals(epochs_of(given))
 
 
-def test_the_suggested_rate_lies_on_the_first_slope():
-    rates = np.geomspace(1e-7, 1, 100)
-    slope = 0.7 - 0.5 / (1 + np.exp(-6 * (np.log10(rates) + 2)))
-    rise = 5 * np.maximum(0, np.log10(rates) + 0.7)
-    noise = np.where(rates > 0.5, -3.0, 0)  # a network shaken by too high a rate may score well by chance
-    for losses in (slope + rise, slope + rise + noise):
-        lr, reason, _ = train.suggest_lr(rates, losses)
-        assert 10**-2.5 < lr < 10**-1.5 and reason == "steepest descent"
-    for losses in (0.7 + 0.3 * np.maximum(0, np.log10(rates) + 2), np.full(100, 0.7)):
-        assert train.suggest_lr(rates, losses)[:2] == (1e-3, "no descent; the usual rate")
+def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
+    """Each rate's loss is that of eight steps from the first weights, whatever rates were tried before it."""
+    arguments = ["--backbone", "test_resnet", "--data", str(demo), *map(str, TINY)]
+    [args] = train.trainings_of(train.parse_arguments(arguments))
+    pictures, recipe = deeplcms.find_pictures(demo, ("train", "val"))
+    classes = train.classes_of(pictures)
+    pictures["label"] = deeplcms.label_of(pictures, classes)
+    model, loaders, _ = train.prepare(args, pictures, classes, recipe, {})
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    lr = train.find_lr(model, loaders["train"], args, tmp_path)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    curve = pd.read_csv(tmp_path / "lr_find.csv")
+    assert lr in curve["lr"].tolist() and len(curve) > 10
+    optimizer, scaler = train.make_optimizer(model.train(), args, curve["lr"][9])
+    batches = itertools.islice(train.endless(loaders["train"]), 8)
+    outputs = [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
+    assert train.loss_of(*train.collect(outputs[4:])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
+    assert train.suggest_lr({1e-3: 0.69, 1e-2: 0.5, 1e-1: 0.6}) == (1e-2, "lowest loss")
+    assert train.suggest_lr({1e-3: 0.69, 1e-2: 0.69, 1e-1: 3.0}) == (1e-3, "no descent; the usual rate")
+
+
+def test_the_head_of_a_frozen_backbone_is_solved_and_no_penalty_beats_the_chosen_one(demo, tmp_path):
+    """At the optimum the gradient of loss and penalty is zero: logistic regression, whatever way it was reached."""
+    folder = train_in(tmp_path, demo, "--finetune", "head", "--grid", 2, "--optimizer", "auto")
+    rows = epochs_of(folder)
+    assert rows["l2"].tolist() == pytest.approx(train.PENALTIES.tolist())
+    assert rows["train_loss"].is_monotonic_decreasing  # weaker penalties fit better
+    model, checkpoint = train.load_run(folder)
+    assert checkpoint["epoch"] == rows.loc[rows["val_loss"].idxmin(), "epoch"]
+    pictures, recipe = deeplcms.find_pictures(demo, ("train",))
+    pictures = pictures.assign(label=deeplcms.label_of(pictures, checkpoint["config"]["classes"]))
+    data = Pictures(pictures, train.evaluation_transform(model))  # --augmentation none: the draws are all alike
+    [features] = train.extract_features(model, data, 1, argparse.Namespace(workers=0, amp=False))
+    loss = train.loss_of(model(features), torch.tensor(data.labels))
+    loss += rows["l2"][checkpoint["epoch"] - 1] / 2 * model.head.weight.square().sum()
+    gradient = torch.autograd.grad(loss, [model.head.weight, model.head.bias])
+    assert max(part.abs().max() for part in gradient) < 1e-3
 
 
 def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(demo, tmp_path):
@@ -272,7 +300,20 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
 
 def test_stored_features_equal_fresh_draws(demo, tmp_path):
     """With as many stored draws as epochs the losses of every epoch are those of fresh draws."""
-    flags = ["--finetune", "head", "--epochs", 3, "--augmentation", "physical", "--grid", 2, "--seed", train.DRAW_SEED]
+    flags = [
+        "--finetune",
+        "head",
+        "--epochs",
+        3,
+        "--optimizer",
+        "adamax",
+        "--augmentation",
+        "physical",
+        "--grid",
+        2,
+        "--seed",
+        train.DRAW_SEED,
+    ]
     fresh = train_in(tmp_path, demo, *flags, "--views", 0, out="fresh")
     stored = train_in(tmp_path, demo, *flags, "--views", 4, out="stored")
     for name in ("train_loss", "val_loss"):
@@ -405,7 +446,7 @@ def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, 
         ("--backbone test_resnet --data demo --positive ill", "control, exposed"),
         ("--backbone test_resnet --data demo --views 3 --weights random", "--finetune head"),
         ("--resume empty", "no config.json"),
-        ("--backbone pixels --data demo --lr 1e30 --epochs 5 --weight-decay 1e9", "--lr"),
+        ("--backbone pixels --data demo --optimizer adam --lr 1e30 --epochs 5 --weight-decay 1e9", "--lr"),
         ("--backbone pixels --data demo --folds 30", "use fewer"),
         ("--backbone pixels --data demo --tune 1 --storage nonsense", "--storage nonsense: "),
     ],
