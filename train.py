@@ -66,10 +66,9 @@ ARTICLE = """
     maxvit_nano_rw_256.sw_in1k coat_mini.in1k tf_efficientnetv2_b2.in1k fbnetv3_d.ra2_in1k rexnet_200.nav_in1k
     mixnet_xl.ra_in1k""".split()
 
-# What takes the place of the defaults when no --data is given, so that two CPU cores need minutes, not hours. In so few
-# and small batches MobileOne's loss has no descent yet that a range test could find: the rate is given. The whole
+# What takes the place of the defaults when no --data is given, so that two CPU cores need minutes, not hours. The whole
 # network is trained, with pretrained weights too: what was measured to work with and without a network.
-DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 20, "lr": 0.03, "finetune": "all"}
+DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 40, "lr": 0.01, "finetune": "all"}
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,

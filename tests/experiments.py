@@ -1,0 +1,143 @@
+"""The tables of .github/EXPERIMENTS.md, each by one command; what is finished is not done again.
+
+    python tests/experiments.py augmentation          # or: rates, votes, shuffled; DIR with --out (default: experiments)
+
+Three demo cohorts of 600 runs (seeds 2643, 1, 2): 360 for testing, 240 for training and validation ("280 runs" with a
+test split of the usual size), or 34 of these ("40 runs"). Numbers are means over the cohorts, lowest and highest in
+brackets.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import convert
+import deeplcms
+import evaluate
+import train
+
+SEEDS = (2643, 1, 2)
+SIZES = {"40 runs": "small", "280 runs": "cohort"}
+SMALL = ["--image-size", 128, "--grid", 3, "--batch-size", 8, "--epochs", 20]
+CARRIED = "runs/carried/regnetx_002/seed2643/best.pt"  # trained on a cohort with other compounds: see `cohorts`
+MODELS = {
+    "pixels": ["--backbone", "pixels"],
+    "frozen": ["--backbone", "regnetx_002", "--weights", CARRIED, "--finetune", "head", "--grid", 7],
+    "whole": ["--backbone", "regnetx_002", "--weights", "random", "--lr", 0.01, *SMALL],
+}
+NONE = ["--augmentation", "none"]
+AUGMENTATIONS = {
+    "none": NONE,
+    "rotation 5 degrees": [*NONE, "--rotate", 5],
+    "jitter 0.25": [*NONE, "--color-jitter", 0.25],
+    "erasing up to 1 %": [*NONE, "--erase", 1, "--erase-size", 0.01],
+    "erasing up to 33 %": [*NONE, "--erase", 1, "--erase-size", 0.33],
+    "warp 1 %": [*NONE, "--warp", 1],
+    "warp 2 %": [*NONE, "--warp", 2],
+    "warp 3 %": [*NONE, "--warp", 3],
+    "gain 0.3": [*NONE, "--gain", 0.3],
+    "article": ["--augmentation", "article"],
+    "physical": ["--augmentation", "physical"],
+}
+
+
+def call(main, *arguments):
+    """Run a script of the project in this process, silently."""
+    sys.argv = ["", *map(str, arguments)]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return main()
+
+
+def cohorts():
+    """Write the data sets cohort<seed> and small<seed>, and train the network that is carried over."""
+    for seed in SEEDS:
+        call(convert.main, "--demo", f"cohort{seed}", "--seed", seed, "--runs", 600, "--test", 0.6)
+        table = deeplcms.read_table(f"cohort{seed}/samples.csv")
+        n = table["split"].map({"train": 13, "val": 4, "test": 1000})
+        few = table[table.groupby(["split", "phenotype"]).cumcount() < n]
+        few[["sample_name", "phenotype", "split"]].to_csv(f"small{seed}.csv", index=False)
+        axes = ["--bins", 256, "--rt-range", 0, 10, "--mz-range", 100, 900]
+        call(convert.main, f"cohort{seed}/raw", f"small{seed}.csv", f"small{seed}", *axes)
+    call(convert.main, "--demo", "other", "--seed", 3)
+    call(train.main, "--data", "other", "--name", "carried", *MODELS["whole"], "--workers", 0)
+
+
+def run_of(data, name, flags):
+    """Train (or find) the run of these flags; returns its folder."""
+    call(train.main, "--data", data, "--name", f"{name}-{data}", "--workers", 0, *flags)
+    [checkpoint] = Path("runs", f"{name}-{data}", flags[1]).glob("seed*/best.pt")
+    return checkpoint.parent
+
+
+def judged(run):
+    """Accuracy and ROC AUC on the 360 test runs, and the lowest validation loss."""
+    if not (run / "metrics.json").exists():
+        call(evaluate.main, run)
+    metrics = json.loads((run / "metrics.json").read_text())["metrics"]
+    epochs = pd.read_csv(run / "epochs.csv")
+    return {
+        "accuracy": metrics["accuracy"]["value"],
+        "ROC AUC": metrics["roc_auc"]["value"],
+        "validation loss": epochs["val_loss"].min(),
+        "highest training loss / first": epochs["train_loss"].max() / epochs["train_loss"][0],
+    }
+
+
+def row_of(results, columns):
+    """'mean (lowest-highest)' of each column over the cohorts."""
+    table = pd.DataFrame(results)[columns]
+    return [f"{v.mean():.3f} ({v.min():.3f}-{v.max():.3f})" for _, v in table.items()]
+
+
+def table_of(rows, columns=("accuracy", "ROC AUC")):
+    """Print a Markdown table: a row for each {label: (name of the runs, flags)}, columns for both sizes."""
+    print("| | " + " | ".join(f"{size}: {column}" for size in SIZES for column in columns) + " |")
+    print("| --- " * (1 + len(SIZES) * len(columns)) + "|")
+    for label, (name, flags) in rows.items():
+        cells = []
+        for data in SIZES.values():
+            results = [judged(run_of(f"{data}{seed}", name, flags)) for seed in SEEDS]
+            cells += row_of(results, list(columns))
+        print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def augmentation():
+    for model, flags in MODELS.items():
+        chosen = AUGMENTATIONS if model == "pixels" else {k: AUGMENTATIONS[k] for k in ("none", "article", "physical")}
+        table_of({f"{model}, {label}": (f"{model}-{label}".replace(" ", "_"), [*flags, *more])
+                  for label, more in chosen.items()})
+
+
+def rates():
+    columns = ["accuracy", "validation loss", "highest training loss / first"]
+    network = ["--backbone", "regnetx_002", "--weights", "random", *SMALL]
+    pixels = ["--backbone", "pixels", "--optimizer", "adamax"]
+    for model, flags in {"whole": network, "pixels, Adamax": pixels}.items():
+        table_of({f"{model}, {lr}": (f"{model[:6]}-lr{lr}", [*flags, "--lr", lr])
+                  for lr in (0.003, 0.01, 0.03, "auto")}, columns)  # fmt: skip
+    table_of({"pixels, solved": ("pixels-physical", [*MODELS["pixels"], *AUGMENTATIONS["physical"]])}, columns[:2])
+
+
+def shuffled():
+    table_of({model: (f"{model}-shuffled", [*flags, "--shuffle-labels"]) for model, flags in MODELS.items()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = {function.__name__: function for function in (augmentation, rates, shuffled)}
+    parser.add_argument("table", choices=tables)
+    parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")
+    args = parser.parse_args()
+    Path(args.out).mkdir(exist_ok=True)
+    os.chdir(args.out)
+    torch.set_num_threads(1)
+    cohorts()
+    tables[args.table]()
