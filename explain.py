@@ -1,19 +1,23 @@
 """Where does the network look, and which compounds are there? Article, "Explaining the model" (Figures 6-8, Table 3).
 
-    python explain.py                                              # newest run, its test pictures, positive class
+    python explain.py                                              # newest run, all its pictures, positive class
     python explain.py runs/golestan/mobileone_s3/seed2643 --features alignment.csv --query "3.5 < average_rt_min_ < 5"
     python explain.py --class control --layers layer2 --n 4 --out control
     python explain.py --input pooled.mzML new_run.mzML.gz
 
-Three answers, in minutes and m/z. Heat (LayerCAM) shows where a picture's evidence lies, roughly. Evidence ranks the
-features, as heat also lights whatever is bright: a pixel counts that the network answers to (its gradient) and that
-goes with the network's calls from picture to picture (its covariance with the probability). Blanking confirms the first
-of the ranking and gives the direction: the logit drops when the box of a compound that speaks for the class is painted
-in the colour of zero. None of them proves a cause: a network needs only some of the compounds that differ, a bright
-neighbour in the same box looks the same to it, and what goes with its calls need not be what they are made of.
+Heat (LayerCAM) shows where a picture's evidence lies, roughly; it also lights whatever is bright. Evidence is the
+correlation, over pictures, of the intensity at a place with the probability that the network gives. Its size ranks the
+features, its sign is the direction, up or down in the class, and shuffled probabilities tell where chance begins.
+Blanking confirms: the logit drops when the box of a compound that speaks for the class is painted in the colour of
+zero. None proves a cause: a network needs only some of the compounds that differ, what goes with its calls need not be
+what they are made of, and neighbours in a box look the same to it.
 
-Written to RUN/explain/: cam_grid.png, class_maps.png, overlay.png, regions.csv (boxes around the smoothed evidence),
-features.csv, and faithfulness.json: by how much the probability drops when a picture is seen through its map.
+The ranking is of a cohort and no test: it takes all pictures. Those trained on are called by heart, so that it comes
+near a t-test of the phenotypes; --split test asks only for the calls of unseen ones, which are fewer.
+
+Written to RUN/explain/: cam_grid.png, class_maps.png, overlay.png, regions.csv (boxes around the evidence),
+faithfulness.json (the drop of the probability when a picture is seen through its map), features.csv (its rt, mz and
+name are what mzmine calls them), and inclusion.csv, the first of them as Orbitraps import a mass list.
 """
 
 import difflib
@@ -26,18 +30,19 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import ndimage
+from scipy.stats import false_discovery_control
 from torch import nn
 from torch.nn import functional as F
 from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, figure, label_axes, run_script, write_json, write_table
-from deeplcms import called_class, check_recipe, files_of, first_line, in_turn, intensity_of, is_run
+from deeplcms import called_class, check_recipe, files_of, find_pictures, first_line, in_turn, intensity_of, is_run
 from deeplcms import number, picture_of_run, read_picture, read_table, read_text, show
-from evaluate import held_out, title_of
+from evaluate import title_of
 from train import DEVICE, evaluation_transform, find_run, load_run, to_channels_first
 
-BATCH = 16
+BATCH, BLANKED, PERMUTATIONS = 16, 64, 9999
 
 
 def batches_of(u, title):
@@ -138,26 +143,29 @@ def heat_maps(scores, layers, u, k, shape):
     return torch.cat(maps).numpy()
 
 
-def evidence_map(scores, u, k):
-    """What the network answers to and what goes with its calls: mean |gradient| x |covariance|, (size, size) in numpy.
+def local_intensity(picture, recipe, drift):
+    """Mean log intensity (height, width) within `drift` minutes of each pixel, less that of 20 times as many masses.
 
-    Both are taken over the pictures u (N, 3, size, size): the gradient of score k with respect to each pixel, and the
-    covariance of each pixel with the probability of class k. The gradient alone is as large where all runs are alike;
-    the covariance alone is what the calls go with, wherever the network looks. Phenotypes do not enter, so a network
-    that calls at random has random evidence. Pictures that are all called alike (one run, pooled runs) have no calls to
-    go with: their mean difference from the blank picture stands for the covariance then.
+    Retention times differ from run to run; and a strong compound makes all that elutes with it look weaker, as the
+    highest bin of a time is 1.
     """
-    gradient, p = 0, []
-    for batch in batches_of(u, "evidence"):
-        z = scores(batch)
-        (found,) = torch.autograd.grad(z[:, k].sum(), batch)
-        gradient = gradient + found.abs().sum(0).double().cpu() / len(u)
-        p.append(scores.probabilities(z.detach()).cpu())
-    p = torch.cat(p)
-    alike = len(set(called_class(p.numpy()))) == 1
-    weight = torch.ones_like(p[:, k]) if alike else p[:, k] - p[:, k].mean()
-    covariance = torch.einsum("n,ncyx->cyx", weight, u.double()) / len(u)
-    return (gradient * covariance.abs()).sum(0).numpy()
+    map_ = intensity_of(picture, recipe.colormap)
+    wide = drift / (recipe.rt_max - recipe.rt_min) * recipe.bins[0]
+    wide, high = 2 * round(wide) + 1, 2 * round(max(recipe.sigma, 1) / 2) + 1
+    return ndimage.uniform_filter(map_, (high, wide)) - ndimage.uniform_filter(map_, (20 * high + 1, wide))
+
+
+def correlation(a, b):
+    """Pearson's r (F, P) of the columns of a (N, F) and b (N, P); 0 for a constant one."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    lengths = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=0))
+    return a.T @ b / np.where(lengths > 1e-6, lengths, np.inf)
+
+
+def evidence_map(intensities, p):
+    """Correlation (height, width) of intensities (N, height, width) with probabilities p (N,), phenotypes unseen."""
+    r = correlation(intensities.reshape(len(p), -1), p[:, None])
+    return r.reshape(intensities.shape[1:])
 
 
 @torch.inference_mode()
@@ -199,10 +207,9 @@ def read_features(path, recipe, query=None):
     An alignment or peak export of MS-DIAL (four lines before the header or none) or any table with rt, mz and name. The
     query is pandas', on the cleaned names; whoever types it owns the shell, so it may do what pandas lets it.
     """
-    options = {"dtype": None, "keep_default_na": True}
-    table, skip = read_table(path, **options), 0
-    if table.columns[0].startswith("Unnamed"):
-        table, skip = read_table(path, 4, **options), 4
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        skip = 4 if file.read(1) in (",", ";", "\t") else 0
+    table = read_table(path, skip, dtype=None, keep_default_na=True)
     table.columns = [re.sub(r"[^0-9a-z]+", "_", title.strip().lower()) for title in table]  # as pyjanitor does
     found = {kind: next((name for name in names if name in table), None) for kind, names in COLUMNS.items()}
     if not (found["rt"] and found["mz"]):
@@ -229,32 +236,38 @@ def read_features(path, recipe, query=None):
     return table[inside]
 
 
-def peak_weights(centres, n, spread):
-    """Gaussian of unit height around each centre (fraction of the axis), in n bins: (F, n). spread: fraction."""
-    at = (np.arange(n) + 0.5) / n
-    return np.exp(-0.5 * ((at - np.asarray(centres)[:, None]) / max(spread, 0.5 / n)) ** 2)
-
-
-def over_peaks(map_, x, y, recipe, mean):
-    """Sum (or mean) of a map (h, w) over the place of each feature at fractions x, y.
-
-    The place is a Gaussian of 1.5 times the picture's own filter: a feature's retention time is the cohort's average,
-    and a run's own peak drifts by about a bin and tails.
-    """
-    spread = 1.5 * max(recipe.sigma, 1)
-    wx = peak_weights(x, map_.shape[1], spread / recipe.bins[0])
-    wy = peak_weights(y, map_.shape[0], spread / recipe.bins[1])
-    sums = np.einsum("fy,yx,fx->f", wy, map_, wx, optimize=True)
-    return sums / (wx.sum(1) * wy.sum(1)) if mean else sums
-
-
-def rank_features(table, evidence, heats, recipe):
-    """The features in the order of evidence, with rank, evidence, and the mean of each map of heat."""
+def at_places(maps, table, recipe):
+    """Value (..., F) of maps (..., height, width) at the place of each feature."""
+    height, width = maps.shape[-2:]
     x, y = recipe.to_fraction(table["rt"], table["mz"])
+    columns, rows = (x * width).astype(int), (y * height).astype(int)
+    return maps[..., rows.clip(0, height - 1), columns.clip(0, width - 1)]
+
+
+def chance(intensities, p, r, seed):
+    """p value (F,): how often do shuffled probabilities p (N,) go as well as r with a feature's intensity (N, F)?"""
+    rng, as_good = np.random.default_rng(seed), np.ones(len(r))
+    for _ in range(PERMUTATIONS // 99):
+        shuffled = rng.permuted(np.tile(p, (99, 1)), axis=1)
+        by_chance = abs(correlation(intensities, shuffled.T))
+        as_good += (by_chance >= abs(r)[:, None] - 1e-6).sum(1)
+    return as_good / (1 + PERMUTATIONS)
+
+
+def rank_features(table, intensities, p, evidence, heats, recipe, seed):
+    """The features by size of evidence: rank, direction, p and q value, and heat of each phenotype.
+
+    q: the share of chance among the features up to this one (Benjamini and Hochberg). Without p, where all pictures are
+    called alike, evidence is their heat, and has neither direction nor chance.
+    """
     own = {"rt": table["rt"], "mz": table["mz"], "name": table["name"]}
-    own["evidence"] = over_peaks(evidence, x, y, recipe, mean=False)
-    for name, heat in heats.items():
-        own[f"heat_{name}"] = over_peaks(heat, x, y, recipe, mean=True)
+    r = at_places(evidence, table, recipe)
+    own |= {"evidence": abs(r), "direction": "", "p": math.nan, "q": math.nan}
+    if p is not None:
+        own["direction"] = np.where(r > 0, "up", "down")
+        own["p"] = chance(at_places(intensities, table, recipe), p, r, seed)
+        own["q"] = false_discovery_control(own["p"])
+    own |= {f"heat_{name}": at_places(heat, table, recipe) for name, heat in heats.items()}
     earlier = ["rank", "drop", "drop_se", *own]  # columns of an earlier answer
     table = pd.DataFrame(own).join(table.drop(columns=earlier, errors="ignore"))
     table = table.sort_values("evidence", ascending=False, kind="stable")
@@ -263,41 +276,52 @@ def rank_features(table, evidence, heats, recipe):
 
 
 @torch.inference_mode()
-def blanking(scores, u, k, table, recipe):
+def blanking(scores, u, k, table, recipe, drift):
     """Table of the drop of score k, mean over the pictures u and its standard error, when a feature's box is blank.
 
-    The box reaches twice the width of the picture's own filter to each side.
+    The box reaches `drift` minutes and twice the width of the picture's own filter to each side.
     """
-    size = u.shape[-1]
-    at = (torch.arange(size) + 0.5) / size
-    half_x, half_y = (max(2 * max(recipe.sigma, 1) / bins, 0.5 / size) for bins in recipe.bins)
+    at = (torch.arange(u.shape[-1]) + 0.5) / u.shape[-1]
+    half_x, half_y = drift / (recipe.rt_max - recipe.rt_min), 2 * max(recipe.sigma, 1) / recipe.bins[1]
 
     whole, drops = scores_of(scores, u)[:, k], []
     for row in tqdm(list(table.itertuples()), desc="blanking", unit="feature", disable=None, leave=False):
         x, y = recipe.to_fraction(row.rt, row.mz)
-        box = ((at - y).abs() <= half_y)[:, None] & ((at - x).abs() <= half_x)
-        drop = whole - scores_of(scores, u.masked_fill(box, 0))[:, k]
+        near_x, near_y = ((at - c).abs() <= max(half, 0.5 / len(at)) for c, half in ((x, half_x), (y, half_y)))
+        drop = whole - scores_of(scores, u.masked_fill(near_y[:, None] & near_x, 0))[:, k]
         error = drop.std().item() / len(u) ** 0.5 if len(u) > 1 else math.nan
         drops.append((drop.mean().item(), error))
     return pd.DataFrame(drops, index=table.index, columns=["drop", "drop_se"])
 
 
+def inclusion_list(table, drift):
+    """The features of q < 0.05 (or without q) in the columns of an Orbitrap's mass list; charge 1 is assumed."""
+    table = table[~(table["q"] >= 0.05)]
+    columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"], "z": 1}
+    columns["t start (min)"] = (table["rt"] - drift).clip(0)
+    columns["t stop (min)"] = table["rt"] + drift
+    return pd.DataFrame(columns).round(5)
+
+
 # ---------------------------------------------------------------- regions and figures
 
 
-def regions(map_, recipe, share=0.1, most=20):
-    """Table of boxes around what exceeds a share of the map's maximum, the hottest first.
-
-    The map is the smoothed evidence, which puts its spots on the peaks; heat is its highest value in the box.
-    """
+def regions(map_, recipe, share=0.5, most=20):
+    """Table of boxes around what exceeds a share of the map's maximum, the highest first. The map: |evidence|."""
     (height, width), boxes = map_.shape, []
     spots, _ = ndimage.label(map_ >= max(share * map_.max(), 1e-300))
     for rows, columns in ndimage.find_objects(spots):
         rt_min, mz_max = recipe.from_fraction(columns.start / width, rows.start / height)
         rt_max, mz_min = recipe.from_fraction(columns.stop / width, rows.stop / height)
         boxes.append((rt_min, rt_max, mz_min, mz_max, map_[rows, columns].max()))
-    table = pd.DataFrame(boxes, columns=["rt_min", "rt_max", "mz_min", "mz_max", "heat"])
-    return table.sort_values("heat", ascending=False).head(most)
+    table = pd.DataFrame(boxes, columns=["rt_min", "rt_max", "mz_min", "mz_max", "evidence"])
+    return table.sort_values("evidence", ascending=False).head(most)
+
+
+def signed(evidence):
+    """Colours of a map of evidence, red up and blue down in the class, for imshow."""
+    highest = abs(evidence).max() or 1
+    return {"cmap": "RdBu_r", "vmin": -highest, "vmax": highest}
 
 
 def cam_grid(path, shown, pictures, maps, recipe, title):
@@ -317,27 +341,32 @@ def cam_grid(path, shown, pictures, maps, recipe, title):
 def class_maps(path, heats, evidence, recipe, title):
     """Mean heat of the pictures of each phenotype, on one scale, and the evidence."""
     highest = max(heat.max() for heat in heats.values()) or 1
-    panels = [(f"mean heat, {name}", heat, {"cmap": "inferno", "vmax": highest}) for name, heat in heats.items()]
-    panels.append(("evidence, smoothed", evidence, {"cmap": "YlOrRd", "vmax": np.quantile(evidence, 0.999) or 1}))
+    of_heat = {"cmap": "inferno", "vmin": 0, "vmax": highest}
+    panels = [(f"mean heat, {name}", heat, of_heat) for name, heat in heats.items()]
+    panels.append(("evidence", evidence, signed(evidence)))
     with figure(path, title, (5 * len(panels), 4.6), ncols=len(panels), sharey=True, squeeze=False) as axes:
         for axis, (name, map_, options) in zip(axes.flat, panels, strict=True):
-            axis.figure.colorbar(show(axis, map_, recipe, vmin=0, **options), ax=axis)
+            axis.figure.colorbar(show(axis, map_, recipe, **options), ax=axis)
             axis.set_title(name, fontsize=10)
         label_axes(axes)
 
 
 def overlay(path, evidence, table, recipe, title, n_names=10):
-    """Article Figures 7 and 8: features as points over the evidence, the first of the ranking by name.
+    """Article Figures 7 and 8: features over the evidence, up or down in the class, the first of the ranking by name.
 
     Names stand in a column beside the map, in the order of m/z, each joined to its point: they cannot overlap.
     """
     with figure(path, title, (11, 6.5)) as axis:
-        shown = show(axis, evidence, recipe, cmap="YlOrRd", vmin=0, vmax=np.quantile(evidence, 0.999) or 1)
-        axis.figure.colorbar(shown, ax=axis, label="evidence, smoothed", location="bottom", shrink=0.9, aspect=40)
+        shown = show(axis, evidence, recipe, **signed(evidence))
+        bar = axis.figure.colorbar(shown, ax=axis, location="bottom", shrink=0.9, aspect=40)
+        bar.set_label("evidence: red up, blue down in the class")
         first = table.head(n_names).sort_values("mz").reset_index(drop=True)
-        circle = {"linestyle": "", "marker": "o", "markerfacecolor": "none"}
-        axis.plot(table["rt"], table["mz"], markersize=3, color="0.45", label="feature", **circle)
-        axis.plot(first["rt"], first["mz"], markersize=9, color="black", label=f"first {len(first)}", **circle)
+        axis.plot(table["rt"], table["mz"], "o", markersize=2.5, color="0.45", label="feature")
+        circle = {"markersize": 11, "fillstyle": "none", "label": f"first {len(first)}"}
+        axis.plot(first["rt"], first["mz"], "o", color="black", **circle)
+        for direction, marker, color in (("up", "^", "darkred"), ("down", "v", "navy")):
+            found = table[(table["direction"] == direction) & (table["q"] < 0.05)]
+            axis.plot(found["rt"], found["mz"], marker, color=color, mec="white", label=f"{direction}, q < 0.05")
         for row in first.itertuples():
             axis.annotate(
                 f"{row.rank}. {row.name[:34] or 'unknown'}\n    {row.rt:.2f} min, m/z {row.mz:.3f}",
@@ -376,6 +405,15 @@ def read_input(files, recipe):
     return pd.DataFrame(rows), pictures
 
 
+def read_split(checkpoint, data, split):
+    """Table and pictures of a split or all of a data set, originals only, those trained on and folds too: no test."""
+    data = data or checkpoint["config"]["settings"]["data"]
+    table, recipe = find_pictures(data, SPLITS if split == "all" else (split,))
+    check_recipe(recipe, checkpoint["recipe"], data)
+    table = table[~table["copy"]].reset_index(drop=True)
+    return table, [read_picture(path) for path in table["path"]]
+
+
 def explain(args):
     run = find_run(args.run)
     model, checkpoint = load_run(run)
@@ -387,8 +425,7 @@ def explain(args):
     if args.input:
         table, pictures = read_input(args.input, recipe)
     else:
-        table = held_out(checkpoint, args.data, args.split)
-        pictures = [read_picture(path) for path in table["path"]]
+        table, pictures = read_split(checkpoint, args.data, args.split)
     path = Path(args.features or Path(args.data or settings["data"]) / "features.csv")
     wanted = args.features or args.query or path.exists()
     # Before the work: a bad table should not cost two minutes.
@@ -399,8 +436,9 @@ def explain(args):
     u = (x - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
     p = scores.probabilities(scores_of(scores, u, "classifying")).numpy()  # (N, K)
     called = called_class(p)
-    if len(set(called)) == 1:
-        print(f"all are called {classes[called[0]]}: evidence is what differs from a blank picture, not covariance")
+    alike = len(set(called)) == 1
+    if alike:
+        print(f"all are called {classes[called[0]]}: without calls to compare, evidence is their heat")
     table["caption"] = [f"P({class_name}) = {value:.2f}" for value in p[:, k]]
     unknown = ~table["phenotype"].isin(classes)  # a run that nobody labelled counts as what it is called
     table.loc[unknown, "phenotype"] = [classes[c] for c in called[unknown]]
@@ -408,37 +446,32 @@ def explain(args):
     shape = recipe.bins[::-1]  # (n_mz, n_rt)
     maps = heat_maps(scores, layers, u, k, shape)
     heats = {name: maps[rows].mean(0) for name, rows in table.groupby("phenotype").indices.items()}
-    evidence = evidence_map(scores, u, k)
-    if evidence.max() < 1e-9:  # the demo's has 0.03
-        print(f"warning: the evidence is {evidence.max():.1g} at most: the network answers to nothing, this is noise")
-    # As weights of a sum the pixels stay as they are; for the eye they are spread as wide as a peak.
-    smooth = resized(torch.from_numpy(evidence)[None], shape)[0].numpy()
-    smooth = ndimage.gaussian_filter(smooth, 1.5 * max(recipe.sigma, 1))
+    intensities = np.array([local_intensity(picture, recipe, args.drift) for picture in pictures])
+    evidence = maps.mean(0) if alike else evidence_map(intensities, p[:, k])
 
     out = Path(args.out or run / "explain")
     out.mkdir(parents=True, exist_ok=True)
     method = f"LayerCAM at {', '.join(layers)}" if layers else "Gradient x picture"
     title = title_of(checkpoint, f"{checkpoint['config']['data_set']}, class '{class_name}'")
     cam_grid(out / "cam_grid.png", in_turn(table, args.n, args.seed), pictures, maps, recipe, f"{method}; {title}")
-    class_maps(out / "class_maps.png", heats, smooth, recipe, f"{method}, and evidence; {title}")
-    write_table(out / "regions.csv", regions(smooth, recipe))
+    class_maps(out / "class_maps.png", heats, evidence, recipe, f"{method}, and evidence; {title}")
+    write_table(out / "regions.csv", regions(abs(evidence), recipe))
     called_so = called == k
     result = {"class": class_name, "layers": list(layers), "pictures": int(called_so.sum())}
     if called_so.any():
         result |= faithfulness(scores, u[called_so], maps[called_so], k, args.seed)
     write_json(out / "faithfulness.json", result)
     if features is not None:
-        if len(heats) == 2:
-            (other,) = set(heats) - {class_name}
-            heats["difference"] = heats[class_name] - heats[other]
-        ranking = rank_features(features, evidence, heats, recipe)
-        of_class = np.array(table["phenotype"] == class_name)
-        drops = blanking(scores, u[of_class] if of_class.any() else u, k, ranking.head(args.top), recipe)
-        ranking = ranking.join(drops)
+        calls = None if alike else p[:, k]
+        ranking = rank_features(features, intensities, calls, evidence, heats, recipe, args.seed)
+        of_both = in_turn(table, BLANKED, args.seed).index
+        first = ranking.head(args.top)
+        ranking = ranking.join(blanking(scores, u[of_both], k, first, recipe, args.drift))
         write_table(out / "features.csv", ranking)
-        columns = ["rank", "rt", "mz", "evidence", "drop", "drop_se", "name"]
+        write_table(out / "inclusion.csv", inclusion_list(first, args.drift))
+        columns = ["rank", "rt", "mz", "evidence", "direction", "q", "drop", "drop_se", "name"]
         print(ranking[columns].head(10).to_string(index=False, float_format="{:.4g}".format))
-        overlay(out / "overlay.png", smooth, ranking, recipe, f"Features over the evidence; {title}")
+        overlay(out / "overlay.png", evidence, ranking, recipe, f"Features over the evidence; {title}")
     print(f"{len(table)} pictures explained in {out}")
 
 
@@ -447,7 +480,8 @@ def parse_arguments(argv=None):
     parser.add_argument("run", nargs="?", help="run folder of train.py (default: the newest under runs/)")
     parser.add_argument("--out", metavar="DIR", help="folder for results (default: RUN/explain)")
     add = parser.add_argument_group("pictures").add_argument
-    add("--split", choices=SPLITS, default="test", help="which pictures of the run's data set")
+    split = "pictures of the run's data set; training pictures are called by heart, in a fold those of val, too"
+    add("--split", choices=[*SPLITS, "all"], default="all", help=split)
     add("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
     files = "pictures of convert.py, raw runs, or folders of raw runs, in place of a split"
     add("--input", nargs="+", metavar="FILE", help=files)
@@ -459,6 +493,8 @@ def parse_arguments(argv=None):
     features = "MS-DIAL export or table with rt (minutes), mz, name (default: the data set's features.csv, if any)"
     add("--features", metavar="CSV", help=features)
     add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
+    drift = "minutes that a retention time may differ from run to run: half the width of a feature's box"
+    add("--drift", type=number(float, 0), default=0.3, metavar="MINUTES", help=drift)
     add("--top", type=number(int, 0), default=50, help="features of the ranking to confirm by blanking")
     add("--seed", type=number(int, 0), default=2643, help="of the pictures in the grid and the random map")
     return parser.parse_args(argv)

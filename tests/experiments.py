@@ -1,10 +1,10 @@
 """The tables of .github/EXPERIMENTS.md, each by one command; what is finished is not done again.
 
-    python tests/experiments.py augmentation          # or: rates, votes, shuffled; DIR with --out (default: experiments)
+    python tests/experiments.py augmentation          # or: rates, shuffled, ranking; --out DIR (default: experiments)
 
 Three demo cohorts of 600 runs (seeds 2643, 1, 2): 360 for testing, 240 for training and validation ("280 runs" with a
 test split of the usual size), or 34 of these ("40 runs"). Numbers are means over the cohorts, lowest and highest in
-brackets.
+brackets. `ranking` has cohorts of its own, and a row for each.
 """
 
 import argparse
@@ -15,13 +15,16 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import false_discovery_control, ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import convert
 import deeplcms
 import evaluate
+import explain
 import train
 
 SEEDS = (2643, 1, 2)
@@ -112,8 +115,12 @@ def table_of(rows, columns=("accuracy", "ROC AUC")):
 def augmentation():
     for model, flags in MODELS.items():
         chosen = AUGMENTATIONS if model == "pixels" else {k: AUGMENTATIONS[k] for k in ("none", "article", "physical")}
-        table_of({f"{model}, {label}": (f"{model}-{label}".replace(" ", "_"), [*flags, *more])
-                  for label, more in chosen.items()})
+        table_of(
+            {
+                f"{model}, {label}": (f"{model}-{label}".replace(" ", "_"), [*flags, *more])
+                for label, more in chosen.items()
+            }
+        )
 
 
 def rates():
@@ -130,14 +137,96 @@ def shuffled():
     table_of({model: (f"{model}-shuffled", [*flags, "--shuffle-labels"]) for model, flags in MODELS.items()})
 
 
+# ---------------------------------------------------------------- how evidence ranks
+
+
+def crowd(folder, seed, n_runs=150):
+    """600 compounds in 150 runs; 24 of them are 12-fold stronger in four of five exposed people, none only in them."""
+    (folder / "raw").mkdir(parents=True, exist_ok=True)
+    cohort = np.random.default_rng([seed, 0])
+    compounds = convert.demo_compounds(cohort, n_planted=24, n_background=576)
+    lines = list(zip(cohort.uniform(*convert.DEMO_MZ, 15), cohort.lognormal(np.log(2e4), 0.8, 15), strict=True))
+    batches = cohort.normal(0, 15, (convert.DEMO_BATCHES, 6))
+    samples = []
+    for i in range(n_runs):
+        run, exposed = np.random.default_rng([seed, 1, i]), i % 2 == 1
+        stronger = exposed & compounds["planted"] & (run.random(len(compounds)) < 0.8)
+        # simulate_run gives half of a fold to the exposed and takes half from the controls.
+        of_this_run = compounds.assign(fold=np.where(stronger, 12.0**2, 1.0))
+        scans = convert.simulate_run(run, of_this_run, lines, exposed, batches[convert.batch_of(i)])
+        convert.write_mzml(folder / f"raw/run{i:03d}.mzML", scans)
+        samples.append((f"run{i:03d}", convert.DEMO_PHENOTYPES[exposed]))
+    pd.DataFrame(samples, columns=["sample_name", "phenotype"]).to_csv(folder / "raw/samples.csv", index=False)
+    ontology = np.where(compounds["planted"], "planted", "background")
+    fold_change = np.where(compounds["planted"], 12, 1)
+    compounds[["rt", "mz"]].assign(ontology=ontology, fold_change=fold_change).to_csv(
+        folder / "features.csv", index=False
+    )
+    axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", 256, "--test", 0.15, "--seed", seed]
+    call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *axes)
+
+
+def ranked(run, data, drift=0.3):
+    """{column: text} of a run: how well do several rankings separate planted from background features?"""
+    model, checkpoint = train.load_run(run)
+    recipe = checkpoint["recipe"]
+    table, pictures = explain.read_split(checkpoint, data, "all")
+    with contextlib.redirect_stdout(io.StringIO()):
+        features = explain.read_features(data / "features.csv", recipe)
+    planted, up = np.array(features["ontology"] == "planted"), np.array(features["fold_change"] > 1)
+    exposed, test = np.array(table["phenotype"] == "exposed"), np.array(table["split"] == "test")
+
+    scores = explain.Scores(model, recipe).eval()
+    x = torch.stack([train.evaluation_transform(model)(picture) for picture in pictures])
+    u = (x - scores.zero).contiguous()
+    p = scores.probabilities(explain.scores_of(scores, u)).numpy()[:, 1]
+    intensities = np.array([explain.local_intensity(picture, recipe, drift) for picture in pictures])
+    intensities = explain.at_places(intensities, features, recipe)  # (N, F)
+    r = explain.correlation(intensities, p[:, None])[:, 0]
+    r_test = explain.correlation(intensities[test], p[test, None])[:, 0]
+    t = ttest_ind(intensities[exposed], intensities[~exposed], equal_var=False).statistic
+    heat = explain.heat_maps(scores, explain.choose_layers(model), u[exposed], 1, recipe.bins[::-1]).mean(0)
+    heat = explain.at_places(heat, features, recipe)
+
+    order = np.argsort(-abs(r))
+    found = false_discovery_control(explain.chance(intensities, p, r, seed=0)) < 0.05
+    hits = found & planted
+    aucs = {"evidence": r, "of test pictures": r_test, "LayerCAM": heat, "t-test of phenotypes": t}
+    row = {"AUC of calls, test": f"{deeplcms.roc_auc(exposed[test], p[test]):.3f}"}
+    row |= {name: f"{deeplcms.roc_auc(planted, abs(values)):.3f}" for name, values in aucs.items()}
+    row["planted in 10, 24, 50"] = ", ".join(str(planted[order[:n]].sum()) for n in (10, 24, 50))
+    row["q < 0.05, planted, in the right direction"] = f"{found.sum()}, {hits.sum()}, {(hits & (up == (r > 0))).sum()}"
+    return row
+
+
+def ranking():
+    network = ["--backbone", "regnetx_002", "--weights", "random", "--lr", 0.03, "--finetune", "all", *SMALL]
+    models = {"pixels": MODELS["pixels"], "network": network, "network, shuffled": [*network, "--shuffle-labels"]}
+    header = None
+    for kind in ("demo", "crowd"):
+        for seed in SEEDS:
+            data = Path(f"{kind}{seed}")
+            if kind == "demo":
+                call(convert.main, "--demo", data, "--seed", seed, "--runs", 280, "--test", 0.15)
+            elif not (data / "samples.csv").exists():
+                crowd(data, seed)
+            for model, flags in models.items():
+                row = ranked(run_of(data, model.replace(", ", "-"), [*flags, "--seed", seed]), data)
+                if header is None:
+                    header = f"| Cohort | Of | {' | '.join(row)} |"
+                    print(header + "\n| --- | --- " + "| --- " * len(row) + "|")
+                print(f"| {data} | {model} | {' | '.join(row.values())} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {function.__name__: function for function in (augmentation, rates, shuffled)}
+    tables = {function.__name__: function for function in (augmentation, rates, shuffled, ranking)}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")
     args = parser.parse_args()
     Path(args.out).mkdir(exist_ok=True)
     os.chdir(args.out)
     torch.set_num_threads(1)
-    cohorts()
+    if args.table != "ranking":
+        cohorts()
     tables[args.table]()

@@ -10,10 +10,11 @@ import timm
 import torch
 from conftest import PEAK, TINY, run
 from PIL import Image, PngImagePlugin
+from scipy.stats import pearsonr
 from torch import nn
 
 import explain
-from deeplcms import InputError, Recipe
+from deeplcms import InputError, Recipe, colours
 from train import Classifier, to_channels_first
 
 RECIPE = Recipe(1.0, 11.0, 100.0, 900.0, bins=(64, 64), normalize="global", sigma=1.0)
@@ -49,14 +50,18 @@ def test_the_planted_peak_leads_regions_and_ranking(two, network, name, capsys):
     assert "3 inside the axes, 1 outside" in capsys.readouterr().out
     out = folder / "explain"
     boxes = pd.read_csv(out / "regions.csv")
-    assert boxes["heat"].is_monotonic_decreasing
+    assert boxes["evidence"].is_monotonic_decreasing
     first = boxes.iloc[0]
     assert first.rt_min <= PEAK[0] <= first.rt_max and first.mz_min <= PEAK[1] <= first.mz_max
     assert first.rt_max - first.rt_min < 3 and first.mz_max - first.mz_min < 240  # under a third of each axis
     features = pd.read_csv(out / "features.csv")
     assert list(features["rank"]) == [1, 2, 3] and features["name"][0] == "Morphine-3-glucuronide, M3G"
     assert features["drop"][0] > 2 * features["drop_se"][0] > 0  # blanking its box takes the evidence away
-    assert {"heat_user", "heat_non-user", "heat_difference", "evidence", "ontology"} <= set(features)
+    assert features["direction"][0] == "up" and features["q"][0] < 0.05 < features["q"][2]
+    assert {"heat_user", "heat_non-user", "ontology"} <= set(features)
+    targets = pd.read_csv(out / "inclusion.csv")
+    assert targets["Compound"][0] == "Morphine-3-glucuronide, M3G" and targets["m/z"][0] == 462.175
+    assert targets["t start (min)"][0] == 4.07 and targets["t stop (min)"][0] == 4.67
     for figure in ("cam_grid.png", "class_maps.png", "overlay.png"):
         with Image.open(out / figure) as image:
             assert min(image.size) > 500
@@ -69,7 +74,7 @@ def test_the_other_class_has_an_answer_of_its_own(two, tmp_path):
     assert run("explain.py", two[1], *flags, "--features", two[0] / "features.csv", cwd=two[0].parent) == (0, "")
     table = pd.read_csv(tmp_path / "other/features.csv")
     assert table["name"][0].startswith("Morphine") and table["drop"].notna().sum() == 1
-    assert table["drop"][0] < 0.05  # its absence tells a non-user: there is nothing to blank in that picture
+    assert table["direction"][0] == "down" and table["drop"][0] < 0.05  # its absence tells a non-user
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "swin"])
@@ -100,24 +105,49 @@ def test_one_logit_stands_for_a_pair_of_opposite_scores():
     assert torch.allclose(scores(torch.zeros(1, 3, 32, 32))[0, 1], scores.model(blank[None])[0, 0], atol=1e-5)
 
 
-def test_evidence_is_where_the_network_looks_and_what_goes_with_its_calls():
-    scores = explain.Scores(Classifier("pixels", 1, 8, 8).eval(), RECIPE)
-    with torch.no_grad():
-        scores.model.head.weight.zero_()
-        scores.model.head.weight[0, [0, 1]] = torch.tensor([80.0, 1.0])  # of the first channel's first row
-        scores.model.head.bias.fill_(-15)
-    u = torch.zeros(6, 3, 8, 8)
-    u[:, 0, 0, 0] = torch.arange(6.0)  # looked at, and varies: it makes the calls
-    u[:, 0, 0, 1] = 3  # looked at, but the same in all pictures
-    u[:, 0, 0, 2] = torch.arange(6.0)  # goes with the calls, but the network does not look
-    for k in (0, 1):
-        evidence = explain.evidence_map(scores, u, k)
-        assert evidence.shape == (8, 8) and evidence[0, 0] > 0
-        evidence[0, 0] = 0
-        assert np.allclose(evidence, 0)
-    # Where all are called alike, what differs from the blank picture counts.
-    for alike in (u[-1:], u[-2:]):
-        assert (explain.evidence_map(scores, alike, 1)[0, :3] > 0).tolist() == [True, True, False]
+def test_evidence_is_what_goes_with_the_calls_however_bright():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(size=80)
+    intensities = rng.uniform(0, 0.1, (80, 4, 5))
+    intensities[:, 0, 0] += 0.5 * p
+    intensities[:, 3, 1] -= 0.5 * p
+    intensities[:, 2, 2] += 5  # bright in all
+    intensities[:, 1, 1] = 0.3
+    evidence = explain.evidence_map(intensities, p)
+    assert evidence.shape == (4, 5) and evidence[0, 0] > 0.9 and evidence[3, 1] < -0.9 and evidence[1, 1] == 0
+    evidence[0, 0] = evidence[3, 1] = 0
+    assert abs(evidence).max() < 0.4
+
+
+def test_chance_agrees_with_the_textbook_where_that_applies():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(size=100)
+    intensities = rng.normal(size=(100, 300))
+    intensities[:, 0] += 2 * p
+    r = explain.correlation(intensities, p[:, None])[:, 0]
+    values = explain.chance(intensities, p, r, seed=0)
+    assert values[0] == values.min() == 1 / 10000
+    assert np.allclose(values, pearsonr(intensities, p[:, None]).pvalue, atol=0.02)
+
+
+def test_intensity_forgives_drift_and_what_all_masses_of_a_time_have_in_common():
+    def intensity(column, factor=1.0):
+        values = np.zeros((64, 64))
+        values[20, column] = 0.4
+        values[:, column] += 0.2
+        picture = colours(values * factor, RECIPE.colormap)
+        return explain.local_intensity(picture, RECIPE, drift=1.0)[20, 30]
+
+    assert intensity(30) == pytest.approx(intensity(32), rel=0.01) and intensity(30) > 5 * abs(intensity(45))
+    assert intensity(30, 0.5) < intensity(30)
+
+
+def test_the_list_for_the_instrument_ends_where_chance_begins():
+    table = pd.DataFrame({"name": ["a", "b"], "mz": [462.175, 300.0], "rt": [0.2, 5.0], "q": [0.01, 0.3]})
+    targets = explain.inclusion_list(table, drift=0.3)
+    assert list(targets) == ["Compound", "Formula", "Adduct", "m/z", "z", "t start (min)", "t stop (min)"]
+    assert targets.to_numpy().tolist() == [["a", "", "(no adduct)", 462.175, 1, 0.0, 0.5]]
+    assert len(explain.inclusion_list(table.assign(q=np.nan), drift=0.3)) == 2  # all called alike: nothing is known
 
 
 def test_a_raw_run_is_explained_as_its_picture_is_and_other_axes_are_refused(two, network, tmp_path, capsys):
@@ -130,7 +160,7 @@ def test_a_raw_run_is_explained_as_its_picture_is_and_other_axes_are_refused(two
     for name, source in (("png", picture), ("raw", tmp_path / "raw")):
         flags = ["--features", data / "features.csv", "--layers", "layer1", "layer2", "--query", "average_rt_min_ < 5"]
         assert run("explain.py", network, "--input", source, *flags, "--out", name, cwd=tmp_path) == (0, "")
-        assert "evidence is what differs from a blank picture" in capsys.readouterr().out
+        assert "without calls to compare, evidence is their heat" in capsys.readouterr().out
         tables[name] = pd.read_csv(tmp_path / name / "features.csv")
     columns = ["rank", "name", "evidence", "drop"]  # heat is named after the phenotype, which a raw run has not
     pd.testing.assert_frame_equal(tables["png"][columns], tables["raw"][columns], rtol=1e-4, atol=1e-6)
@@ -169,7 +199,7 @@ def test_bad_input_ends_in_one_clear_line(two, network, flags, answer):
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
 def test_an_msdial_export_is_read_with_or_without_its_four_header_lines(tmp_path, preamble, delimiter):
     lines = [line.replace('"Morphine-3-glucuronide, M3G"', "M3G").replace(",", delimiter) for line in MSDIAL]
-    text = "\n".join([delimiter * 6 + "Class"] * preamble + lines)
+    text = "\n".join([delimiter * 5 + "Class"] * preamble + lines)  # as wide as the header or not
     (tmp_path / "features.txt").write_text(text, encoding="utf-8-sig")
     table = explain.read_features(tmp_path / "features.txt", RECIPE)
     assert (table.rt[0], table.mz[0], table.name[0]) == (4.37, 462.175, "M3G")
