@@ -9,8 +9,8 @@ Heat (LayerCAM) shows where a picture's evidence lies, roughly; it also lights w
 correlation, over pictures, of the intensity at a place with the probability that the network gives. Its size ranks the
 features, its sign is the direction, up or down in the class, and shuffled probabilities tell where chance begins.
 Blanking confirms: the logit drops when the box of a compound that speaks for the class is painted in the colour of
-zero. None proves a cause: a network needs only some of the compounds that differ, what goes with its calls need not be
-what they are made of, and neighbours in a box look the same to it.
+zero. None proves a cause: a network needs only some of the compounds that differ, neighbours in a box look the same to
+it, and calls go with something even where they are wrong: q speaks of the calls and not of the phenotypes.
 
 The ranking is of a cohort and no test: it takes all pictures. Those trained on are called by heart, so that it comes
 near a t-test of the phenotypes; --split test asks only for the calls of unseen ones, which are fewer.

@@ -201,7 +201,11 @@ def ranked(run, data, drift=0.3):
 
 def ranking():
     network = ["--backbone", "regnetx_002", "--weights", "random", "--lr", 0.03, "--finetune", "all", *SMALL]
-    models = {"pixels": MODELS["pixels"], "network": network, "network, shuffled": [*network, "--shuffle-labels"]}
+    models = {
+        "pixels": [*MODELS["pixels"], "--image-size", 128],
+        "network": network,
+        "network, shuffled": [*network, "--shuffle-labels"],
+    }
     header = None
     for kind in ("demo", "crowd"):
         for seed in SEEDS:
