@@ -38,9 +38,8 @@ from deeplcms import write_json, write_table, write_text
 
 STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
 
+
 # ---------------------------------------------------------------- the cohort and its splits
-
-
 def read_samples(args):
     """The table of samples, with the columns group, path (of the raw run, nan without one) and split."""
     table, runs = read_table(args.samples), find_runs(args.raw_dir)
@@ -124,8 +123,6 @@ def check_splits(table):
 
 
 # ---------------------------------------------------------------- the PNGs of one run
-
-
 def shifted(picture, rt_shift, mz_shift, fill):
     """Copy of a picture moved by whole pixels (right, up); what it uncovers is filled, nothing wraps around."""
     height, width = picture.shape[:2]
@@ -171,8 +168,6 @@ def statistics_of_run(path, min_intensity):
 
 
 # ---------------------------------------------------------------- worker processes
-
-
 def start_worker(workers):
     """A worker leaves Ctrl-C to its parent, is silent (pyopenms prints once more when it ends), and ends with it."""
     # pyopenms decodes one file with several threads: share the cores out, so that the workers do not fight.
@@ -458,8 +453,6 @@ def write_demo(args):
 
 
 # ---------------------------------------------------------------- command line
-
-
 def parse_arguments(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument

@@ -26,8 +26,6 @@ RUN_SUFFIXES = tuple(kind + packing for kind in (".mzml", ".mzxml") for packing 
 
 
 # ---------------------------------------------------------------- one run -> one picture
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a run becomes a picture. A new field is in every PNG, comparison and checkpoint without being listed."""
@@ -185,8 +183,6 @@ def read_run(path, min_intensity=0.0):
 
 
 # ---------------------------------------------------------------- raw runs and pictures of a data set
-
-
 def find_runs(folder):
     """{sample name: path} of the mzML and mzXML files in a folder, packed or not."""
     folder, runs = Path(folder), {}
@@ -274,8 +270,6 @@ def read_picture(path):
 
 
 # ---------------------------------------------------------------- what is learned, and how well
-
-
 def label_of(pictures, classes):
     """Label (N,) of each row of find_pictures: the index of its phenotype among the classes."""
     return pictures["phenotype"].map(classes.index).to_numpy()
@@ -338,8 +332,6 @@ def roc_auc(positive, score):
 
 
 # ---------------------------------------------------------------- files, figures, command lines
-
-
 class InputError(ValueError):
     """Something the user can put right: its message, one line, names the file, flag or column."""
 

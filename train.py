@@ -113,8 +113,6 @@ def progress(batches, title):
 
 
 # ---------------------------------------------------------------- pictures
-
-
 def evaluation_transform(model):
     """uint8 (H, W, 3) -> float (3, size, size): squashed, never cropped, as position is the measurement."""
     squash = v2.Resize((model.image_size, model.image_size))
@@ -210,8 +208,6 @@ class EpochSampler(DistributedSampler):
 
 
 # ---------------------------------------------------------------- model
-
-
 class Classifier(nn.Module):
     """Backbone -> feature map (N, C, H, W) -> mean of each cell of a grid -> standardise -> linear -> logits (N, K).
 
@@ -278,9 +274,15 @@ class Classifier(nn.Module):
     def forward(self, x):
         if x.ndim == 4:
             x = self.features(x)
-        # Divided by the square root of their number, F standardised features have length 1: one learning rate then
-        # suits a head of 100 inputs and one of 100,000, and the backbone below is not shaken by the first steps.
-        return self.head(self.standardize(x) / self.n_features**0.5)
+        return self.head(self.standardised(x))
+
+    def standardised(self, x):
+        """Features (N, F) as the head takes them: of length 1.
+
+        Divided by the square root of their number one learning rate or penalty suits a head of 100 inputs and one of
+        100,000, and the backbone below is not shaken by the first steps.
+        """
+        return self.standardize(x) / self.n_features**0.5
 
 
 def to_channels_first(y, backbone):
@@ -390,8 +392,6 @@ def load_run(run):
 
 
 # ---------------------------------------------------------------- batches, fresh or stored
-
-
 def extract_features(model, pictures, n_draws, args):
     """Pooled features (n_draws, N, F) of random draws of every picture, by a frozen backbone."""
     # A copy for the forward pass alone: branches fused (MobileOne, RepVGG, FastViT) and channels-last, twice as fast.
@@ -460,8 +460,6 @@ def make_loaders(model, table, pictures, recipe, args, store):
 
 
 # ---------------------------------------------------------------- the loop
-
-
 def autocast(args):
     """Mixed precision: float16 on CUDA (default there), bfloat16 on the CPU with --amp."""
     return torch.autocast(DEVICE.type, torch.float16 if DEVICE.type == "cuda" else torch.bfloat16, enabled=args.amp)
@@ -595,8 +593,6 @@ def shown_metrics(columns):
 
 
 # ---------------------------------------------------------------- the head of a frozen backbone, solved
-
-
 def solve_head(model, loaders, args, run=None, report=lambda row: None):
     """What `fit` returns, a row for each L2 penalty: logistic regression on stored features, solved by L-BFGS.
 
@@ -606,7 +602,7 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
     stored = loaders["train"].dataset
     with torch.no_grad():
         x = stored.features[:, stored.rows].flatten(0, 1).to(DEVICE)
-        x = model.standardize.eval()(x) / model.n_features**0.5
+        x = model.eval().standardised(x)
     y = torch.as_tensor(stored.labels, device=DEVICE).repeat(len(stored.features))
     history, best = [], None
     for penalty in PENALTIES:
@@ -615,17 +611,15 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
 
         def objective(optimizer=optimizer, penalty=penalty):
             optimizer.zero_grad()
-            loss = loss_of(model.head(x), y) + penalty / 2 * model.head.weight.square().sum()
+            weights = [part for part in model.head.parameters() if part.ndim > 1]  # biases go free
+            loss = loss_of(model.head(x), y) + penalty / 2 * sum(part.square().sum() for part in weights)
             loss.backward()
             return loss
 
         optimizer.step(objective)
-        outputs = [(model.head(x).detach().cpu(), y.cpu())] if RANK == 0 or WORLD == 1 else []
-        row = {
-            "epoch": len(history) + 1,
-            **scores_of("train", outputs),
-            **scores_of("val", predict(model, loaders["val"])),
-        }
+        outputs = [(model.head(x).detach().cpu(), y.cpu())] if RANK == 0 else []
+        held_out = predict(model, loaders["val"])
+        row = {"epoch": len(history) + 1, **scores_of("train", outputs), **scores_of("val", held_out)}
         row |= {"l2": penalty, "seconds": round(time.time() - began, 2)}
         history.append(row)
         improved = best_of(history) is row
@@ -639,8 +633,6 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
 
 
 # ---------------------------------------------------------------- learning-rate range test
-
-
 def find_lr(model, loader, args, run=None, n_steps=8):
     """Learning rate whose first steps lower the loss most; leaves everything else as it was.
 
@@ -690,8 +682,6 @@ def suggest_lr(losses):
 
 
 # ---------------------------------------------------------------- one training
-
-
 def classes_of(pictures, positive=None):
     """Sorted phenotypes of find_pictures; class 1 of two is `positive`, or else the last."""
     counts = pd.crosstab(pictures["split"], pictures["phenotype"])
@@ -846,8 +836,6 @@ def draw_transformed(run, originals, model, recipe, args):
 
 
 # ---------------------------------------------------------------- tuning
-
-
 class EveryCombination(optuna.samplers.RandomSampler):
     """Trial k takes combination k of SEARCH, in whatever process: numbers of trials are never given twice."""
 
@@ -916,8 +904,6 @@ def open_study(args, folder, name):
 
 
 # ---------------------------------------------------------------- command line
-
-
 def expand_backbones(names, params):
     """Names, patterns and 'article' -> model names; patterns keep those within `params` million parameters."""
     chosen = []
@@ -971,13 +957,7 @@ def make_parser():
     add("--views", type=number(int, 0, "auto"), default="auto", metavar="auto|K", help=views)
     add = parser.add_argument_group("experiments").add_argument
     add("--repeats", type=number(int, 1), default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
-    add(
-        "--folds",
-        type=number(int, 0),
-        default=0,
-        metavar="K",
-        help="cross-validation over training and validation together",
-    )
+    add("--folds", type=number(int, 0), default=0, metavar="K", help="cross-validation over train and val together")
     add("--tune", type=number(int, 0), default=0, metavar="N", help="Optuna trials over the combinations of SEARCH")
     add("--storage", metavar="URL", help="Optuna database that processes share (default: in the tune folder)")
     add("--shuffle-labels", action="store_true", help="control: must fall to chance")

@@ -1,6 +1,6 @@
 """The tables of .github/EXPERIMENTS.md, each by one command; what is finished is not done again.
 
-    python tests/experiments.py augmentation          # or: rates, shuffled, ranking; --out DIR (default: experiments)
+    python tests/experiments.py augmentation   # or: cohorts alone, rates, votes, shuffled, ranking; --out DIR
 
 Three demo cohorts of 600 runs (seeds 2643, 1, 2): 360 for testing, 240 for training and validation ("280 runs" with a
 test split of the usual size), or 34 of these ("40 runs"). Numbers are means over the cohorts, lowest and highest in
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -85,13 +86,12 @@ def judged(run):
     if not (run / "metrics.json").exists():
         call(evaluate.main, run)
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
-    epochs = pd.read_csv(run / "epochs.csv")
-    return {
-        "accuracy": metrics["accuracy"]["value"],
-        "ROC AUC": metrics["roc_auc"]["value"],
-        "validation loss": epochs["val_loss"].min(),
-        "highest training loss / first": epochs["train_loss"].max() / epochs["train_loss"][0],
-    }
+    result = {"accuracy": metrics["accuracy"]["value"], "ROC AUC": metrics["roc_auc"]["value"]}
+    if (run / "epochs.csv").exists():
+        epochs = pd.read_csv(run / "epochs.csv")
+        result["validation loss"] = epochs["val_loss"].min()
+        result["highest training loss / ln 2"] = epochs["train_loss"].max() / math.log(2)
+    return result
 
 
 def row_of(results, columns):
@@ -124,13 +124,30 @@ def augmentation():
 
 
 def rates():
-    columns = ["accuracy", "validation loss", "highest training loss / first"]
+    columns = ["accuracy", "validation loss", "highest training loss / ln 2"]
     network = ["--backbone", "regnetx_002", "--weights", "random", *SMALL]
-    pixels = ["--backbone", "pixels", "--optimizer", "adamax"]
-    for model, flags in {"whole": network, "pixels, Adamax": pixels}.items():
-        table_of({f"{model}, {lr}": (f"{model[:6]}-lr{lr}", [*flags, "--lr", lr])
-                  for lr in (0.003, 0.01, 0.03, "auto")}, columns)  # fmt: skip
-    table_of({"pixels, solved": ("pixels-physical", [*MODELS["pixels"], *AUGMENTATIONS["physical"]])}, columns[:2])
+    rows = {f"whole, {lr}": (f"whole-lr{lr}", [*network, "--lr", lr]) for lr in (0.003, 0.03, "auto")}
+    rows["whole, 0.01"] = "whole-physical", [*MODELS["whole"], *AUGMENTATIONS["physical"]]
+    for lr in (0.003, 0.01, 0.03, 0.1, "auto"):
+        rows[f"pixels, Adamax, {lr}"] = f"pixels-lr{lr}", [*MODELS["pixels"], "--optimizer", "adamax", "--lr", lr]
+    rows["pixels, solved"] = "pixels-physical", [*MODELS["pixels"], *AUGMENTATIONS["physical"]]
+    table_of(rows, columns)
+
+
+def votes():
+    """Five folds of the 40 runs vote, beside one training and beside one of a network."""
+    rows = {"one training": [], "five folds vote": ["--folds", 5], "five seeds vote": ["--repeats", 5]}
+    print("| | accuracy | ROC AUC |\n| --- | --- | --- |")
+    for model, flags in MODELS.items():
+        for label, more in rows.items():
+            results = []
+            for seed in SEEDS:
+                data, name = f"small{seed}", f"{model}-{label.replace(' ', '-')}-{seed}"
+                call(train.main, "--data", data, "--name", name, "--workers", 0, *flags, *more)
+                folder = Path("runs", name, flags[1])
+                call(evaluate.main, *folder.glob("seed*"), "--out", folder / "votes", *(["--ensemble"] if more else []))
+                results.append(judged(folder / "votes"))
+            print(f"| {model}, {label} | {' | '.join(row_of(results, ['accuracy', 'ROC AUC']))} |", flush=True)
 
 
 def shuffled():
@@ -224,13 +241,13 @@ def ranking():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {function.__name__: function for function in (augmentation, rates, shuffled, ranking)}
+    tables = {function.__name__: function for function in (cohorts, augmentation, rates, votes, shuffled, ranking)}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")
     args = parser.parse_args()
     Path(args.out).mkdir(exist_ok=True)
     os.chdir(args.out)
     torch.set_num_threads(1)
-    if args.table != "ranking":
+    if args.table not in ("cohorts", "ranking"):
         cohorts()
     tables[args.table]()

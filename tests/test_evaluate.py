@@ -192,7 +192,7 @@ def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, c
         members.append(judged(tmp_path / f"{k}")[1])
         assert "spread" not in members[k]
     each = np.array([member["probability_user"] for member in members])  # (member, picture)
-    assert each.std(0).min() > 0.001
+    assert each.std(0).max() > 0.01
     capsys.readouterr()
     assert run("evaluate.py", folds, "--ensemble", "--threshold", 0.45, cwd=tmp_path) == (0, "")
     printed = capsys.readouterr().out
