@@ -448,7 +448,8 @@ def write_demo(args):
         "MS/MS matched": known,
         "Annotation tag (VS1.0)": np.where(known, 430, 530),
     }
-    above = "".join(f"{',' * 6}{title}\n" for title in ("Class", "File type", "Injection order", "Batch ID"))
+    titles = "Class", "File type", "Injection order", "Batch ID"
+    above = "".join(f"{',' * (len(columns) - 1)}{title}\n" for title in titles)
     write_text(Path(args.out_dir) / "features.csv", above + pd.DataFrame(columns).to_csv(index=False))
 
 

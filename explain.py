@@ -52,8 +52,6 @@ def batches_of(u, title):
 
 
 # ---------------------------------------------------------------- scores and layers
-
-
 class Scores(nn.Module):
     """Score of each class (N, K) of pictures (N, 3, size, size) from which the colour of zero intensity is subtracted.
 
@@ -102,8 +100,6 @@ def choose_layers(model, names=None):
 
 
 # ---------------------------------------------------------------- heat and evidence
-
-
 @torch.inference_mode()
 def scores_of(scores, u, title=None):
     """Scores (N, K), on the CPU, of all pictures u (N, 3, size, size); with a progress bar where there is a title."""
@@ -304,8 +300,6 @@ def inclusion_list(table, drift):
 
 
 # ---------------------------------------------------------------- regions and figures
-
-
 def regions(map_, recipe, share=0.5, most=20):
     """Table of boxes around what exceeds a share of the map's maximum, the highest first. The map: |evidence|."""
     (height, width), boxes = map_.shape, []
@@ -383,8 +377,6 @@ def overlay(path, evidence, table, recipe, title, n_names=10):
 
 
 # ---------------------------------------------------------------- one command
-
-
 def read_input(files, recipe):
     """Table (sample_name, phenotype) and pictures [uint8 (height, width, 3)] of raw runs, PNGs, or folders of runs."""
     rows, pictures, failures = [], [], []

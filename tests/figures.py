@@ -1,9 +1,8 @@
-"""Two figures for the README, of one run: how it becomes a picture, and what four data sets make of it.
+"""Two figures for the README, of one run: how it becomes a picture, and what the augmentations make of that.
 
     python tests/figures.py RUN.mzML [FOLDER]
 
-Writes run_to_picture.png (the steps of `deeplcms.picture_of_run`) and picture_properties.png (the article's Figure 2:
-500 and 1000 bins, each as it is and as a shifted copy, with both normalisations).
+Writes run_to_picture.png (the steps of `deeplcms.picture_of_run`) and augmentation.png.
 """
 
 import sys
@@ -14,13 +13,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import convert  # noqa: E402
 import deeplcms  # noqa: E402
-
-LABELS = {"rt": "each time divided by its highest bin (rt)", "global": "divided by the highest bin of the run (global)"}
+import train  # noqa: E402
 
 
 def save(figure, path):
@@ -56,24 +55,23 @@ def draw_steps(run, box, path):
     save(figure, path)
 
 
-def draw_properties(run, box, path):
-    rt_shift, mz_shift = convert.draw_shifts(run.name.split(".")[0], 1, (5, 5), 2643)[0]
-    figure, axes = plt.subplots(2, 4, figsize=(14, 7.4), sharex=True, sharey=True, layout="constrained")
-    for line, (normalize, label) in zip(axes, LABELS.items(), strict=True):
-        for pair, bins in ((0, 500), (2, 1000)):
-            recipe = deeplcms.Recipe(*box, bins=(bins, bins), normalize=normalize)
-            picture, _ = deeplcms.picture_of_run(run, recipe)
-            copy = convert.shifted(picture, rt_shift, mz_shift, recipe.zero_colour())
-            for axis, image in zip(line[pair:], (picture, copy), strict=False):
-                axis.imshow(image, extent=box, aspect="auto", interpolation="antialiased")
-            if normalize == "rt":
-                line[pair].set_title(f"{bins} x {bins} bins")
-                shift = f"{rt_shift:+d} (time) and {mz_shift:+d} (m/z) pixels"
-                line[pair + 1].set_title(f"{bins} x {bins} bins, copy shifted by\n{shift}")
-        line[0].set_ylabel(f"{label}\n\nm/z")
+def draw_augmentation(run, box, path):
+    """One picture, and three draws of it by each augmentation."""
+    recipe, shown = deeplcms.Recipe(*box), {"physical": "what an instrument does", "article": "what a camera does"}
+    picture, _ = deeplcms.picture_of_run(run, recipe)
+    figure, axes = plt.subplots(2, 4, figsize=(14, 7), sharex=True, sharey=True, layout="constrained")
+    model = train.Classifier("pixels", 1, image_size=500)
+    for line, (name, what) in zip(axes, shown.items(), strict=True):
+        args = train.parse_arguments(["--backbone", "pixels", "--data", "any", "--augmentation", name])
+        transform = train.training_transform(model, recipe, args)
+        torch.manual_seed(1)
+        draws = [(transform(picture) / 2 + 0.5).permute(1, 2, 0).numpy() for _ in range(3)]
+        for axis, image in zip(line, [picture, *draws], strict=True):
+            axis.imshow(image, extent=box, aspect="auto", interpolation="antialiased")
+        line[0].set(title="the picture", ylabel="m/z")
+        line[2].set_title(f"--augmentation {name}: {what}")
     for axis in axes[1]:
         axis.set_xlabel("retention time (min)")
-    figure.suptitle(f"One run ({run.name.split('.')[0]}), the pictures of four data sets", fontsize=14)
     save(figure, path)
 
 
@@ -84,7 +82,7 @@ def main():
     statistics = convert.statistics_of_run(run, 0)
     box = [statistics[side] for side in ("rt_first", "rt_last", "mz_low", "mz_high")]
     draw_steps(run, box, folder / "run_to_picture.png")
-    draw_properties(run, box, folder / "picture_properties.png")
+    draw_augmentation(run, box, folder / "augmentation.png")
 
 
 if __name__ == "__main__":
