@@ -303,7 +303,7 @@ def report(out_dir, table, recipe, statistics, failures):
 
 DEMO_PHENOTYPES = ("control", "exposed")
 DEMO_BATCHES, DEMO_MINUTES, DEMO_MZ = 4, 10.0, (100.0, 900.0)
-DEMO_DEFAULTS = {"bins": [256], "test": 0.4, "rt_range": [0.0, DEMO_MINUTES], "mz_range": list(DEMO_MZ)}
+DEMO_DEFAULTS = {"bins": [256], "test": 0.2, "rt_range": [0.0, DEMO_MINUTES], "mz_range": list(DEMO_MZ)}
 
 
 def demo_compounds(rng, n_planted=24, n_background=216):
@@ -481,7 +481,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("demo and machine").add_argument
     demo = f"make a synthetic cohort there, with {DEMO_DEFAULTS}"
     add("--demo", nargs="?", const="demo", metavar="OUT_DIR", help=demo)
-    add("--runs", type=number(int, 8), default=400, help="size of the demo cohort")
+    add("--runs", type=number(int, 8), default=600, help="size of the demo cohort")
     add("--workers", type=number(int, 1), default=os.cpu_count(), help="processes, each with one file at a time")
     args = parser.parse_args(argv)
     if args.demo:

@@ -68,7 +68,7 @@ ARTICLE = """
 
 # What takes the place of the defaults when no --data is given, so that two CPU cores need minutes, not hours. The whole
 # network is trained, with pretrained weights too: what was measured to work with and without a network.
-DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 40, "lr": 0.01, "finetune": "all"}
+DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 20, "lr": 0.01, "finetune": "all"}
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
