@@ -65,7 +65,7 @@ def random_scans(seed, n_scans=40, n_peaks=200):
 def demo(tmp_path_factory):
     """A demo cohort of 40 runs at 64 bins."""
     folder = tmp_path_factory.mktemp("cohort") / "demo"
-    assert run("convert.py", "--demo", folder, "--runs", 40, "--bins", 64, cwd=folder.parent) == (0, "")
+    assert run("convert.py", "--demo", folder, "--runs", 40, "--bins", 64, "--test", 0.15, cwd=folder.parent) == (0, "")
     return folder
 
 

@@ -70,7 +70,7 @@ def cohorts():
         few[["sample_name", "phenotype", "split"]].to_csv(f"small{seed}.csv", index=False)
         axes = ["--bins", 256, "--rt-range", 0, 10, "--mz-range", 100, 900]
         call(convert.main, f"cohort{seed}/raw", f"small{seed}.csv", f"small{seed}", *axes)
-    call(convert.main, "--demo", "other", "--seed", 3)
+    call(convert.main, "--demo", "other", "--seed", 3, "--runs", 400, "--test", 0.4)
     call(train.main, "--data", "other", "--name", "carried", *MODELS["whole"], "--workers", 0)
 
 
