@@ -8,6 +8,7 @@ torch: this is all that a worker of convert.py loads.
 
 import argparse
 import json
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -363,14 +364,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def number(kind, low, word=None):
-    """Type of a flag: an int or float of at least `low`, or that word."""
+def number(kind, low, word=None, high=math.inf):
+    """Type of a flag: an int or float from `low` to `high`, or that word."""
 
     def parse(text):
         if text == word:
             return text
-        if not kind(text) >= low:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+        if not low <= kind(text) <= high:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return kind(text)
 
     return parse

@@ -426,7 +426,12 @@ def make_parser():
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
     threshold = "call class 1 from this probability on; val chooses it on the validation split"
     add("--threshold", type=number(float, 0, "val"), default=0.5, metavar="P|val", help=threshold)
-    add("--predict", nargs="+", metavar="FILE", help="new mzML or mzXML files, or folders; --out is never replaced")
+    add(
+        "--predict",
+        nargs="+",
+        metavar="FILE",
+        help="new raw runs, or folders; several RUNs vote; --out is never replaced",
+    )
     return parser
 
 

@@ -132,11 +132,16 @@ def training_transform(model, recipe, args):
         InstrumentDrift(args.warp / 100, args.gain),
         v2.RandomRotation(args.rotate, v2.InterpolationMode.BILINEAR),
         v2.RandomErasing(args.erase, scale=(args.erase_size / 16, args.erase_size)),
-        v2.Lambda(lambda x: colours(x[0].numpy(), recipe.colormap)),
+        v2.Lambda(functools.partial(coloured, colormap=recipe.colormap)),
         v2.ToImage(),
         v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter),
     ]
     return v2.Compose([*steps, *evaluation_transform(model).transforms])
+
+
+def coloured(x, colormap):
+    """Log intensity (1, H, W) in 0 ... 1 -> uint8 (H, W, 3)."""
+    return colours(x[0].numpy(), colormap)
 
 
 class InstrumentDrift(nn.Module):
@@ -151,9 +156,8 @@ class InstrumentDrift(nn.Module):
         self.warp, self.gain = warp, gain
 
     def forward(self, x):
-        along_mz, along_rt = (
-            torch.randn(6) @ torch.from_numpy(slow_waves(np.linspace(0, 1, n))).float() for n in x.shape[1:]
-        )
+        waves = [torch.from_numpy(slow_waves(np.linspace(0, 1, n))).float() for n in x.shape[1:]]
+        along_mz, along_rt = (torch.randn(6) @ wave for wave in waves)
         grid = F.affine_grid(torch.eye(2, 3)[None], (1, *x.shape), align_corners=False)
         grid[..., 0] += 2 * self.warp * along_rt  # the axes of a grid go from -1 to 1
         x = F.grid_sample(x[None], grid, padding_mode="border", align_corners=False)[0]
@@ -409,9 +413,7 @@ def is_solved(model, args):
     """Is the head of this model solved (--optimizer lbfgs) or trained in the loop?"""
     stored = model.frozen and views_of(model, args) > 0
     if args.optimizer == "lbfgs" and not stored:
-        raise InputError(
-            "--optimizer lbfgs solves a frozen backbone's head: it needs --finetune head and stored --views"
-        )
+        raise InputError("--optimizer lbfgs solves a frozen backbone's head: use --finetune head and stored --views")
     return args.optimizer == "lbfgs" or (args.optimizer == "auto" and stored)
 
 
@@ -468,9 +470,8 @@ def autocast(args):
 def make_optimizer(model, args, lr):
     """(optimizer of what is trained, scaler of its gradients under float16)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS["adamax" if args.optimizer == "auto" else args.optimizer](
-        trained, lr=lr, weight_decay=args.weight_decay
-    )
+    name = "adamax" if args.optimizer == "auto" else args.optimizer  # the article's best
+    optimizer = OPTIMIZERS[name](trained, lr=lr, weight_decay=args.weight_decay)
     return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=args.amp and DEVICE.type == "cuda")
 
 
@@ -949,10 +950,10 @@ def make_parser():
     add("--augmentation", choices=list(AUGMENTATION), default="physical", help=presets)
     add("--warp", type=number(float, 0), metavar="PERCENT", help="drift of retention, of the time axis (deviation)")
     add("--gain", type=number(float, 0), help="drift of sensitivity along m/z (deviation of its logarithm)")
-    add("--erase", type=number(float, 0), metavar="P", help="probability of erasing a rectangle")
-    add("--erase-size", type=number(float, 0), metavar="SHARE", help="its largest size, of the picture")
-    add("--rotate", type=number(float, 0), metavar="DEGREES", help="largest rotation")
-    add("--color-jitter", type=number(float, 0), metavar="F", help="of brightness, contrast and saturation")
+    add("--erase", type=number(float, 0, high=1), metavar="P", help="probability of erasing a rectangle")
+    add("--erase-size", type=number(float, 0, high=1), metavar="SHARE", help="its largest size, of the picture")
+    add("--rotate", type=number(float, 0, high=180), metavar="DEGREES", help="largest rotation")
+    add("--color-jitter", type=number(float, 0, high=1), metavar="F", help="of brightness, contrast and saturation")
     views = "frozen backbone: store the features of K draws of each picture (auto: 4); 0: fresh draws every epoch"
     add("--views", type=number(int, 0, "auto"), default="auto", metavar="auto|K", help=views)
     add = parser.add_argument_group("experiments").add_argument
