@@ -675,11 +675,16 @@ def endless(loader):
 
 
 def suggest_lr(losses):
-    """(learning rate, why) of {rate: loss}: of the lowest loss, or 1e-3 where no loss is lower than the first."""
+    """(learning rate, why) of {rate, ascending: loss}.
+
+    Where the steps teach something, by a tenth of the loss, it is the rate of the lowest loss. A network that starts at
+    random needs more steps than these: then it is the highest rate that has done no harm, by a twentieth.
+    """
+    first = next(iter(losses.values()))
     lr = min(losses, key=losses.get)
-    if losses[lr] < 0.999 * next(iter(losses.values())):
+    if losses[lr] < 0.9 * first:
         return float(lr), "lowest loss"
-    return 1e-3, "no descent; the usual rate"
+    return float(max(rate for rate, loss in losses.items() if loss <= 1.05 * first)), "highest rate without harm"
 
 
 # ---------------------------------------------------------------- one training
