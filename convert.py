@@ -342,7 +342,7 @@ def simulate_run(rng, compounds, lines, exposed, batch):
     ppm, sensitivity, own = rng.normal(0, 3), rng.lognormal(0, 0.3), rng.normal(0, 3, 6)
     drift = (batch + own) @ slow_waves(compounds["rt"] / DEMO_MINUTES) + rng.normal(0, 0.5, len(compounds))
     level = compounds["fold"] ** (0.5 if exposed else -0.5)
-    level = level.replace([np.inf, 0], [1.0, 0.0]) * sensitivity * rng.lognormal(0, 0.8, len(compounds))
+    level = level.replace(np.inf, 1.0) * sensitivity * rng.lognormal(0, 0.8, len(compounds))
     drawn = compounds.assign(apex=60 * compounds["rt"] + drift, top=10 ** compounds["log10_height"] * level)
     for compound in drawn[rng.random(len(drawn)) < drawn["frequency"]].itertuples():
         rise, fall = compound.width, compound.width * compound.tailing
@@ -398,12 +398,17 @@ def write_mzml(path, scans):
         file.store(str(temporary), experiment)
 
 
+def demo_cohort(seed, **sizes):
+    """Compounds, [(m/z, intensity)] of lines, and the drift (DEMO_BATCHES, 6) of batches: what all runs share."""
+    rng = np.random.default_rng([seed, 0])
+    compounds = demo_compounds(rng, **sizes)
+    lines = list(zip(rng.uniform(*DEMO_MZ, 15), rng.lognormal(np.log(2e4), 0.8, 15), strict=True))
+    return compounds, lines, rng.normal(0, 15, (DEMO_BATCHES, 6))
+
+
 def write_demo_run(path, seed, index, exposed):
     """One run of the demo cohort; cohort and run have their own random numbers, so any worker writes the same file."""
-    cohort = np.random.default_rng([seed, 0])
-    compounds = demo_compounds(cohort)
-    lines = list(zip(cohort.uniform(*DEMO_MZ, 15), cohort.lognormal(np.log(2e4), 0.8, 15), strict=True))
-    batches = cohort.normal(0, 15, (DEMO_BATCHES, 6))
+    compounds, lines, batches = demo_cohort(seed)
     run = np.random.default_rng([seed, 1, index])
     write_mzml(path, simulate_run(run, compounds, lines, exposed, batches[batch_of(index)]))
 
@@ -434,7 +439,7 @@ def write_demo(args):
         if isinstance(result, Exception):
             raise result
 
-    compounds = demo_compounds(np.random.default_rng([args.seed, 0]))
+    compounds, _, _ = demo_cohort(args.seed)
     compounds = compounds.sort_values("rt").round({"rt": 3, "mz": 5})
     kind = np.where(compounds["planted"], "planted", "background")
     known = compounds.index % 3 == 0

@@ -74,17 +74,23 @@ def is_own(checkpoint, data):
     return data is None or Path(data).resolve().name == Path(own).resolve().name
 
 
-def held_out(checkpoint, data, split):
-    """Pictures of one split without copies, with their labels; InputError unless they are of the run's kind."""
-    settings, classes = checkpoint["config"]["settings"], checkpoint["config"]["classes"]
-    if settings["fold"] is not None and split != "test" and is_own(checkpoint, data):
-        raise InputError(f"this run is a fold of train and val together and has seen most of {split}")
-    data = data or settings["data"]
-    pictures, recipe = find_pictures(data, (split,))
+def originals_of(checkpoint, data, splits):
+    """Pictures of some splits without copies; InputError unless they are of the run's kind."""
+    data = data or checkpoint["config"]["settings"]["data"]
+    pictures, recipe = find_pictures(data, splits)
     check_recipe(recipe, checkpoint["recipe"], data)
+    return pictures[~pictures["copy"]].reset_index(drop=True)
+
+
+def held_out(checkpoints, data, split):
+    """Pictures of one split without copies, with their labels; InputError where one of the runs is a fold of them."""
+    folds = [member for member in checkpoints if member["config"]["settings"]["fold"] is not None]
+    if split != "test" and any(is_own(fold, data) for fold in folds):
+        raise InputError(f"this run is a fold of train and val together and has seen most of {split}")
+    pictures, classes = originals_of(checkpoints[0], data, (split,)), checkpoints[0]["config"]["classes"]
     if unknown := set(pictures["phenotype"]) - set(classes):
-        raise InputError(f"{data}: {first_few(unknown)} is none of the run's classes, {', '.join(classes)}")
-    pictures = pictures[~pictures["copy"]].reset_index(drop=True)
+        place = data or checkpoints[0]["config"]["settings"]["data"]
+        raise InputError(f"{place}: {first_few(unknown)} is none of the run's classes, {', '.join(classes)}")
     return pictures.assign(label=label_of(pictures, classes))
 
 
@@ -127,7 +133,7 @@ def choose_threshold(models, checkpoints, threshold, data=None):
         return None, "the most probable class is called"
     if threshold == "val":
         own = data if is_own(checkpoints[0], data) else None
-        pictures = [held_out(checkpoint, own, "val") for checkpoint in checkpoints][0]
+        pictures = held_out(checkpoints, own, "val")
         logits = np.log(votes_of(models, pictures).mean(0))
         threshold = best_threshold(pictures["label"].to_numpy(), logits)
         source = f", the best balanced accuracy on {len(pictures)} pictures of the validation split"
@@ -162,7 +168,7 @@ def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
     models, checkpoints = load_members(runs)
     checkpoint, *others = checkpoints
     classes = checkpoint["config"]["classes"]
-    pictures = [held_out(member, data, split) for member in checkpoints][0]  # each may refuse: a fold has seen val
+    pictures = held_out(checkpoints, data, split)
     threshold, rule = choose_threshold(models, checkpoints, threshold, data)
     votes = votes_of(models, pictures)
     probabilities = votes.mean(0)
@@ -426,12 +432,8 @@ def make_parser():
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
     threshold = "call class 1 from this probability on; val chooses it on the validation split"
     add("--threshold", type=number(float, 0, "val"), default=0.5, metavar="P|val", help=threshold)
-    add(
-        "--predict",
-        nargs="+",
-        metavar="FILE",
-        help="new raw runs, or folders; several RUNs vote; --out is never replaced",
-    )
+    files = "new raw runs, or folders; several RUNs vote; --out is never replaced"
+    add("--predict", nargs="+", metavar="FILE", help=files)
     return parser
 
 

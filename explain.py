@@ -37,9 +37,9 @@ from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, figure, label_axes, run_script, write_json, write_table
-from deeplcms import called_class, check_recipe, files_of, find_pictures, first_line, in_turn, intensity_of, is_run
+from deeplcms import called_class, check_recipe, files_of, first_line, in_turn, intensity_of, is_run
 from deeplcms import number, picture_of_run, read_picture, read_table, read_text, show
-from evaluate import title_of
+from evaluate import originals_of, title_of
 from train import DEVICE, evaluation_transform, find_run, load_run, to_channels_first
 
 BATCH, BLANKED, PERMUTATIONS = 16, 64, 9999
@@ -399,10 +399,7 @@ def read_input(files, recipe):
 
 def read_split(checkpoint, data, split):
     """Table and pictures of a split or all of a data set, originals only, those trained on and folds too: no test."""
-    data = data or checkpoint["config"]["settings"]["data"]
-    table, recipe = find_pictures(data, SPLITS if split == "all" else (split,))
-    check_recipe(recipe, checkpoint["recipe"], data)
-    table = table[~table["copy"]].reset_index(drop=True)
+    table = originals_of(checkpoint, data, SPLITS if split == "all" else (split,))
     return table, [read_picture(path) for path in table["path"]]
 
 

@@ -409,12 +409,14 @@ def extract_features(model, pictures, n_draws, args):
     return features.unflatten(0, (n_draws, len(pictures)))
 
 
-def is_solved(model, args):
-    """Is the head of this model solved (--optimizer lbfgs) or trained in the loop?"""
+def optimizer_of(model, args):
+    """A name of OPTIMIZERS, or "lbfgs": the head is solved. auto: that where it can be, else the article's best."""
     stored = model.frozen and views_of(model, args) > 0
     if args.optimizer == "lbfgs" and not stored:
         raise InputError("--optimizer lbfgs solves a frozen backbone's head: use --finetune head and stored --views")
-    return args.optimizer == "lbfgs" or (args.optimizer == "auto" and stored)
+    if args.optimizer == "auto":
+        return "lbfgs" if stored else "adamax"
+    return args.optimizer
 
 
 def views_of(model, args):
@@ -470,8 +472,7 @@ def autocast(args):
 def make_optimizer(model, args, lr):
     """(optimizer of what is trained, scaler of its gradients under float16)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    name = "adamax" if args.optimizer == "auto" else args.optimizer  # the article's best
-    optimizer = OPTIMIZERS[name](trained, lr=lr, weight_decay=args.weight_decay)
+    optimizer = OPTIMIZERS[optimizer_of(model, args)](trained, lr=lr, weight_decay=args.weight_decay)
     return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=args.amp and DEVICE.type == "cuda")
 
 
@@ -565,15 +566,11 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
-        history.append(row)
         if args.scheduler == "plateau":
             scheduler.step(row["val_loss"])
         else:
             scheduler.step()
-        improved = best_of(history) is row
-        if improved:
-            best = trained_weights(model)
-        say_row(f"epoch {epoch:3d}/{args.epochs}", row, improved)
+        best = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best, model)
         if run:
             contents = {name: part.state_dict() for name, part in states.items()}
             contents |= {"model": trained_weights(model), "best": best, "history": history}
@@ -583,9 +580,13 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
     return history, best
 
 
-def say_row(what, row, improved):
+def recorded(row, what, history, best, model):
+    """Add a row to the history and say it; returns the best weights so far."""
+    history.append(row)
+    improved = best_of(history) is row
     values = "  ".join(f"{name} {row[name]:.3f}" for name in ("train_loss", "val_loss", *shown_metrics(row)))
     say(f"{what}  {values}  {row['seconds']:.1f} s{'  *' * improved}")
+    return trained_weights(model) if improved else best
 
 
 def shown_metrics(columns):
@@ -622,11 +623,7 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
         held_out = predict(model, loaders["val"])
         row = {"epoch": len(history) + 1, **scores_of("train", outputs), **scores_of("val", held_out)}
         row |= {"l2": penalty, "seconds": round(time.time() - began, 2)}
-        history.append(row)
-        improved = best_of(history) is row
-        if improved:
-            best = trained_weights(model)
-        say_row(f"L2 penalty {penalty:.0e}", row, improved)
+        best = recorded(row, f"L2 penalty {penalty:.0e}", history, best, model)
         report(row)
     if run and RANK == 0:
         write_table(run / "epochs.csv", pd.DataFrame(history))
@@ -798,7 +795,7 @@ def train_once(args, pictures, classes, recipe, store):
 
 def learn(model, loaders, args, run=None, report=lambda row: None):
     """(history, best weights) of the way that suits the model."""
-    if is_solved(model, args):
+    if optimizer_of(model, args) == "lbfgs":
         return solve_head(model, loaders, args, run, report)
     lr = args.lr
     if lr == "auto" and run and (run / "last.pt").exists():
@@ -816,10 +813,12 @@ def draw_curves(run, history, title):
             for name in columns:
                 axes.plot(table[x], table[name], marker=".", label=name)
             axes.axvline(best[x], color="0.6", linestyle="--", label=f"best ({best[x]:.2g})")
-            axes.set(xlabel="epoch")
             if x == "l2":
                 axes.set(xlabel="L2 penalty of the head", xscale="log")
                 axes.invert_xaxis()  # to the right the head is freer, as it is after more epochs
+            else:
+                axes.set_xlabel("epoch")
+                axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend()
         left.set(title="Loss", ylim=(0, 1.05 * left.get_ylim()[1]))
         right.set(title="Validation")
@@ -981,14 +980,12 @@ def make_parser():
 def parse_arguments(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    parser.set_defaults(**AUGMENTATION[args.augmentation])
-    args = parser.parse_args(argv)
     if not args.backbone and not args.resume:
         parser.error("needs --backbone (try: --backbone mobileone_s3)")
+    parser.set_defaults(**AUGMENTATION[args.augmentation])
     if not args.data and not args.resume:
-        parser.set_defaults(data="demo", **DEMO)
-        args = parser.parse_args(argv)
-        args.demo = True
+        parser.set_defaults(demo=True, data="demo", **DEMO)
+    args = parser.parse_args(argv)
     if args.folds == 1:
         parser.error("--folds takes at least 2")
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():

@@ -171,20 +171,8 @@ def benchmark_views(args):
         command = [root / "convert.py", "--demo", data, "--runs", args.runs, "--augment", 9, "--bins", 128]
         subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
         torch.save(timm.create_model(args.backbone).state_dict(), weights)  # the same backbone for every seed
-        flags = [
-            "--backbone",
-            args.backbone,
-            "--data",
-            data,
-            "--weights",
-            weights,
-            "--out",
-            runs,
-            "--lr",
-            "0.006",
-            "--optimizer",
-            "adamax",
-        ]
+        flags = ["--backbone", args.backbone, "--data", data, "--weights", weights, "--out", runs]
+        flags += ["--lr", "0.006", "--optimizer", "adamax"]
         flags += ["--image-size", args.image_size, "--finetune", "head", "--patience", epochs]
 
         def training(*more):

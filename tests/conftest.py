@@ -20,20 +20,8 @@ import train  # noqa: E402
 
 MODULES = {module.__name__: module for module in (convert, evaluate, explain, train)}
 PEAK = (4.37, 462.175)  # minutes and m/z of the article's morphine-3-glucuronide
-TINY = [
-    "--weights",
-    "random",
-    "--image-size",
-    64,
-    "--batch-size",
-    8,
-    "--augmentation",
-    "none",
-    "--workers",
-    1,
-    "--lr",
-    0.01,
-]
+TINY = ["--weights", "random", "--image-size", 64, "--batch-size", 8]
+TINY += ["--augmentation", "none", "--workers", 1, "--lr", 0.01]
 
 
 def call(script, *arguments, cwd, root=ROOT, **options):

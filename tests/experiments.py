@@ -32,10 +32,11 @@ SEEDS = (2643, 1, 2)
 SIZES = {"40 runs": "small", "280 runs": "cohort"}
 SMALL = ["--image-size", 128, "--grid", 3, "--batch-size", 8, "--epochs", 20]
 CARRIED = "runs/carried/regnetx_002/seed2643/best.pt"  # trained on a cohort with other compounds: see `cohorts`
+NETWORK = ["--backbone", "regnetx_002", "--weights", "random", *SMALL]
 MODELS = {
     "pixels": ["--backbone", "pixels"],
     "frozen": ["--backbone", "regnetx_002", "--weights", CARRIED, "--finetune", "head", "--grid", 7],
-    "whole": ["--backbone", "regnetx_002", "--weights", "random", "--lr", 0.01, *SMALL],
+    "whole": [*NETWORK, "--lr", 0.01],
 }
 NONE = ["--augmentation", "none"]
 AUGMENTATIONS = {
@@ -125,8 +126,7 @@ def augmentation():
 
 def rates():
     columns = ["accuracy", "validation loss", "highest training loss / ln 2"]
-    network = ["--backbone", "regnetx_002", "--weights", "random", *SMALL]
-    rows = {f"whole, {lr}": (f"whole-lr{lr}", [*network, "--lr", lr]) for lr in (0.003, 0.03, "auto")}
+    rows = {f"whole, {lr}": (f"whole-lr{lr}", [*NETWORK, "--lr", lr]) for lr in (0.003, 0.03, "auto")}
     rows["whole, 0.01"] = "whole-physical", [*MODELS["whole"], *AUGMENTATIONS["physical"]]
     for lr in (0.003, 0.01, 0.03, 0.1, "auto"):
         rows[f"pixels, Adamax, {lr}"] = f"pixels-lr{lr}", [*MODELS["pixels"], "--optimizer", "adamax", "--lr", lr]
@@ -160,10 +160,7 @@ def shuffled():
 def crowd(folder, seed, n_runs=150):
     """600 compounds in 150 runs; 24 of them are 12-fold stronger in four of five exposed people, none only in them."""
     (folder / "raw").mkdir(parents=True, exist_ok=True)
-    cohort = np.random.default_rng([seed, 0])
-    compounds = convert.demo_compounds(cohort, n_planted=24, n_background=576)
-    lines = list(zip(cohort.uniform(*convert.DEMO_MZ, 15), cohort.lognormal(np.log(2e4), 0.8, 15), strict=True))
-    batches = cohort.normal(0, 15, (convert.DEMO_BATCHES, 6))
+    compounds, lines, batches = convert.demo_cohort(seed, n_background=576)
     samples = []
     for i in range(n_runs):
         run, exposed = np.random.default_rng([seed, 1, i]), i % 2 == 1
@@ -217,7 +214,7 @@ def ranked(run, data, drift=0.3):
 
 
 def ranking():
-    network = ["--backbone", "regnetx_002", "--weights", "random", "--lr", 0.03, "--finetune", "all", *SMALL]
+    network = [*NETWORK, "--lr", 0.03, "--finetune", "all"]
     models = {
         "pixels": [*MODELS["pixels"], "--image-size", 128],
         "network": network,

@@ -83,9 +83,8 @@ def test_none_is_the_evaluation_transform_and_physical_moves_spots_along_time_al
 def test_a_draw_depends_on_seed_epoch_and_file_alone(demo):
     pictures, recipe = deeplcms.find_pictures(demo, ("train",))
     pictures = pictures.assign(label=0)
-    transform = train.training_transform(
-        Classifier("pixels", 1), recipe, train.parse_arguments(["--backbone", "pixels", "--data", "x"])
-    )
+    args = train.parse_arguments(["--backbone", "pixels", "--data", "x"])
+    transform = train.training_transform(Classifier("pixels", 1), recipe, args)
     data, fewer = Pictures(pictures, transform, 7), Pictures(pictures[3:], transform, 7)
     first = data[3, 2][0]
     assert torch.equal(first, fewer[0, 2][0])
@@ -300,20 +299,8 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
 
 def test_stored_features_equal_fresh_draws(demo, tmp_path):
     """With as many stored draws as epochs the losses of every epoch are those of fresh draws."""
-    flags = [
-        "--finetune",
-        "head",
-        "--epochs",
-        3,
-        "--optimizer",
-        "adamax",
-        "--augmentation",
-        "physical",
-        "--grid",
-        2,
-        "--seed",
-        train.DRAW_SEED,
-    ]
+    flags = ["--finetune", "head", "--epochs", 3, "--grid", 2, "--seed", train.DRAW_SEED]
+    flags += ["--optimizer", "adamax", "--augmentation", "physical"]
     fresh = train_in(tmp_path, demo, *flags, "--views", 0, out="fresh")
     stored = train_in(tmp_path, demo, *flags, "--views", 4, out="stored")
     for name in ("train_loss", "val_loss"):
