@@ -37,6 +37,7 @@ from deeplcms import number, picture_of_run, read_table, read_text, slow_waves
 from deeplcms import write_json, write_table, write_text
 
 STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
+FOUND = [*STATISTICS, "start_time"]  # in every run, and where it says so when it was started
 
 
 # ---------------------------------------------------------------- the cohort and its splits
@@ -266,7 +267,7 @@ def convert(args):
         pngs = png_paths(out_dir, row, args)
         if all(png.exists() for png, _ in pngs):
             text, _ = read_text(pngs[-1][0])
-            statistics[row.sample_name] = {name: text[name] for name in STATISTICS}
+            statistics[row.sample_name] = {name: text[name] for name in FOUND if name in text}
         elif row.sample_name not in failures:
             tasks[row.sample_name] = (row.path, pngs, recipe)
     if statistics:
@@ -288,8 +289,8 @@ def report(out_dir, table, recipe, statistics, failures):
         status[name] = f"failed: {reason}"
         print(f"left out: {reason}", file=sys.stderr)
     table["status"] = table["sample_name"].map(status).fillna("no file")
-    found = pd.DataFrame.from_dict(statistics, orient="index", columns=STATISTICS)
-    table = table.drop(columns=["path", *STATISTICS], errors="ignore").join(found, on="sample_name")
+    found = pd.DataFrame.from_dict(statistics, orient="index").reindex(columns=FOUND).dropna(axis=1, how="all")
+    table = table.drop(columns=["path", *found], errors="ignore").join(found, on="sample_name")
     write_table(out_dir / "samples.csv", table)
 
     print(f"{len(statistics)} of {len(status)} runs in {out_dir}: {recipe}")

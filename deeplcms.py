@@ -96,7 +96,8 @@ def histogram_of_run(path, recipe):
     counts = np.zeros(recipe.bins)  # (n_rt, n_mz)
     n_scans, n_peaks, total = 0, 0, 0.0
     rts, lows, highs = [], [], []
-    for rt, mz, intensity in read_run(path, recipe.min_intensity):
+    start_time, scans = read_run(path, recipe.min_intensity)
+    for rt, mz, intensity in scans:
         n_scans += 1
         if len(mz) == 0:
             continue
@@ -120,6 +121,8 @@ def histogram_of_run(path, recipe):
     statistics |= {"rt_first": float(min(rts)), "rt_last": float(max(rts))}
     statistics |= {"mz_low": float(min(lows)), "mz_high": float(max(highs))}
     statistics["outside"] = max(0.0, 1 - float(counts.sum()) / total) if total > 0 else 0.0
+    if start_time:
+        statistics["start_time"] = start_time
     return counts, statistics
 
 
@@ -147,6 +150,37 @@ def intensity_of(picture, colormap):
     return (order[place.clip(0, 255)] / 255).astype(np.float32)
 
 
+def profiles_of(picture, recipe):
+    """Mean log intensity of a picture at each retention time (n_rt,) and at each m/z (n_mz,), both ascending."""
+    map_ = intensity_of(picture, recipe.colormap)
+    return map_.mean(0), map_[::-1].mean(1)
+
+
+def shift_of(profile, usual):
+    """By how many bins a profile (n,) lies later than the usual one: the lag of highest correlation.
+
+    Lags up to a tenth of the axis are tried; of equal ones the smallest is taken.
+    """
+    n, most = len(profile), len(profile) // 10
+
+    def likeness(lag):
+        a, b = profile[max(0, lag) : n + min(0, lag)], usual[max(0, -lag) : n + min(0, -lag)]
+        a, b = a - a.mean(), b - b.mean()
+        return round(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12), 6)
+
+    return max(sorted(range(-most, most + 1), key=abs), key=likeness)
+
+
+def shifts_of(profiles, usual, recipe):
+    """{"rt_shift": minutes, "mz_shift": m/z} by which the profiles of a picture lie beyond the usual ones."""
+    rt, mz = (shift_of(*pair) for pair in zip(profiles, usual, strict=True))
+    rt_min, rt_max, mz_min, mz_max = recipe.extent()
+    return {
+        "rt_shift": rt * (rt_max - rt_min) / recipe.bins[0],
+        "mz_shift": mz * (mz_max - mz_min) / recipe.bins[1],
+    }
+
+
 def slow_waves(at):
     """Waves (6, n) at fractions of an axis. c @ waves, c six normal numbers of deviation s, deviates by s everywhere.
 
@@ -157,10 +191,11 @@ def slow_waves(at):
 
 
 def read_run(path, min_intensity=0.0):
-    """Yield (retention time in minutes, m/z ascending, intensity) of every MS1 scan, weaker peaks left out.
+    """When a run was started, "YYYY-MM-DD hh:mm:ss" or "", and an iterator over its MS1 scans, weaker peaks left out.
 
-    pyopenms tells mzML from mzXML, unpacks .gz and .bz2 and knows the time's unit. To read another instrument's
-    format, ion mobility or MS2, change this function alone. Raises InputError if the file cannot be parsed.
+    A scan is (retention time in minutes, m/z ascending, intensity). pyopenms tells mzML from mzXML, unpacks .gz and
+    .bz2 and knows the time's unit. To read another instrument's format, ion mobility or MS2, change this function
+    alone. Raises InputError if the file cannot be parsed.
     """
     import pyopenms  # not at the top: --help need not wait for it
 
@@ -175,12 +210,17 @@ def read_run(path, min_intensity=0.0):
         handler.loadExperiment(str(path), experiment)
     except RuntimeError:  # its message names a line of C++
         raise InputError(f"{path.name}: cannot be parsed as mzML or mzXML; is it damaged or cut off?") from None
-    for spectrum in experiment:
-        if not spectrum.isSorted():
-            spectrum.sortByPosition()
-        mz, intensity = spectrum.get_peaks()
-        strong = intensity >= min_intensity
-        yield spectrum.getRT() / 60, mz[strong], intensity[strong]
+    started = experiment.getDateTime()
+    scans = (scan_of(spectrum, min_intensity) for spectrum in experiment)
+    return started.get() if started.isValid() else "", scans
+
+
+def scan_of(spectrum, min_intensity):
+    if not spectrum.isSorted():
+        spectrum.sortByPosition()
+    mz, intensity = spectrum.get_peaks()
+    strong = intensity >= min_intensity
+    return spectrum.getRT() / 60, mz[strong], intensity[strong]
 
 
 # ---------------------------------------------------------------- raw runs and pictures of a data set
@@ -301,6 +341,7 @@ def metrics_of(labels, logits, threshold=0.5):
     """{name: value} of logits (N, 1 or K); nan where undefined. Two classes: of class 1; more: means over them.
 
     A name here is a column of epochs.csv and a line of every table; the first three are shown while training.
+    Specificity is the share of all others that are not called the class.
     """
     probabilities = probabilities_of(logits)
     n_classes = probabilities.shape[1]
@@ -310,6 +351,8 @@ def metrics_of(labels, logits, threshold=0.5):
         recall = hits / confusion.sum(1)
         precision = hits / confusion.sum(0)
         f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1))
+        others = len(labels) - confusion.sum(1)
+        specificity = 1 - (confusion.sum(0) - hits) / others
     auc = np.array([roc_auc(labels == k, probabilities[:, k]) for k in range(n_classes)])
     squared_error = ((probabilities - np.eye(n_classes)[labels]) ** 2).sum(1).mean()
     shown = [1] if n_classes == 2 else range(n_classes)
@@ -320,6 +363,7 @@ def metrics_of(labels, logits, threshold=0.5):
         "balanced_accuracy": recall.mean(),
         "precision": precision[shown].mean(),
         "recall": recall[shown].mean(),
+        "specificity": specificity[shown].mean(),
         "brier": squared_error / 2 if n_classes == 2 else squared_error,
     }
 

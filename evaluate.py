@@ -19,21 +19,28 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
-from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata
+from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata, t
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, figure, number, run_script, write_json, write_table, write_text
 from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, in_turn
-from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, read_picture, show
-from train import Pictures, collect, evaluation_transform, find_run, load_run, predict
+from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, profiles_of
+from deeplcms import read_picture, roc_auc, shifts_of, show
+from train import Pictures, collect, evaluation_transform, find_run, load_run, predict, scores_of
 
-RESAMPLES, SEED = 2000, 2643
+RESAMPLES, SEED, FEWEST = 2000, 2643, 10
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
-TESTS = """Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after Benjamini and Hochberg within
-each metric. Replicates are trainings on the same people (folds: on overlapping parts of them, so that they are not
-independent): a small p speaks of training, not of new people."""
+DUNN = """Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after Benjamini and Hochberg within
+each metric. Replicates are trainings on the same people: a small p speaks of training, not of new people."""
+FOLDS = """Each picture is judged once, by the fold that held it out: val_ of a fold is on those pictures,
+which chose neither its weights nor its epoch. Folds have scales of their own, which an AUC over all of them mixes."""
+PAIRED = """For each pair a t-test of the differences fold by fold, its variance corrected for training sets that
+overlap (Nadeau and Bengio 2003), adjusted after Benjamini and Hochberg within each metric."""
+# Columns of find_pictures that say which run it is, or what it is called, and not how it was measured.
+NO_CONFOUNDERS = ["path", "split", "phenotype", "sample_name", "copy", "label", "group", "status"]
 
 
 def cautions(config):
@@ -52,6 +59,8 @@ def title_of(checkpoint, what, *others):
     ensemble = [f"ensemble of {len(configs)}"] if others else []
     names = sorted({config["settings"]["backbone"] for config in configs})
     notes = dict.fromkeys(note for config in configs for note in cautions(config))  # each once
+    if any(member["val_loss"] >= member["config"]["chance_loss"] for member in (checkpoint, *others)):
+        notes["on validation pictures no better than chance"] = None
     return "; ".join([*ensemble, f"{', '.join(names)} on {what}", *notes])
 
 
@@ -140,22 +149,97 @@ def choose_threshold(models, checkpoints, threshold, data=None):
     return threshold, f"{classes[1]} is called where its probability is {threshold:.4g} or more{source}"
 
 
-def judge(labels, logits, threshold=0.5):
-    """Table of each metric's value and its 95 % percentile interval over resamples of the pictures within each class.
+def judge(labels, logits, groups, threshold=0.5):
+    """Table of each metric's value and its 95 % interval, which is undefined with fewer than ten groups of a class.
 
-    Resampling within the classes keeps their sizes, as the split did.
+    Proportions have Wilson's interval (1927), the other metrics percentiles over resamples within each class, which
+    keep the sizes of the classes as the split did. Pictures of a group (a person) are no independent ones: then whole
+    groups are drawn, for all metrics.
     """
-    rng = np.random.default_rng(SEED)
-    by_class = pd.Series(labels).groupby(labels)
-    resamples = []
+    table = pd.DataFrame({"value": metrics_of(labels, logits, threshold), "low": np.nan, "high": np.nan})
+    rows = pd.Series(groups).groupby(groups).indices
+    owners = pd.Series({group: labels[i[0]] for group, i in rows.items()})
+    n_classes = max(2, logits.shape[1])
+    if owners.value_counts().reindex(range(n_classes), fill_value=0).min() < FEWEST:
+        return table
+    rng, resamples = np.random.default_rng(SEED), []
     for _ in tqdm(range(RESAMPLES), desc="bootstrap", disable=None, leave=False):
-        i = by_class.sample(frac=1, replace=True, random_state=rng).index
+        drawn = owners.groupby(owners).sample(frac=1, replace=True, random_state=rng).index
+        i = np.concatenate([rows[group] for group in drawn])
         resamples.append(metrics_of(labels[i], logits[i], threshold))
-    resamples = pd.DataFrame(resamples)
-    table = pd.DataFrame({"value": metrics_of(labels, logits, threshold)})
-    table["low"], table["high"] = resamples.quantile(0.025), resamples.quantile(0.975)
-    table.loc[resamples.isna().mean() > 0.05, ["low", "high"]] = np.nan  # too often undefined
+    table["low"], table["high"] = pd.DataFrame(resamples).quantile(0.025), pd.DataFrame(resamples).quantile(0.975)
+    if len(owners) == len(labels):
+        confusion = confusion_of(labels, called_class(probabilities_of(logits), threshold), n_classes)
+        for name, (hits, n) in proportions_of(confusion).items():
+            interval = binomtest(hits, n).proportion_ci(method="wilson")
+            table.loc[name, ["low", "high"]] = interval.low, interval.high
     return table
+
+
+def proportions_of(confusion):
+    """{metric: (hits, of how many)} of the metrics that are proportions of pictures."""
+    proportions = {"accuracy": (np.trace(confusion), confusion.sum())}
+    if len(confusion) == 2:
+        (tn, fp), (fn, tp) = confusion
+        proportions |= {"recall": (tp, tp + fn), "specificity": (tn, tn + fp), "precision": (tp, tp + fp)}
+    return {name: (hits, n) for name, (hits, n) in proportions.items() if n}
+
+
+# ---------------------------------------------------------------- what else could explain it
+def ranks_of(column):
+    """Ranks of a column of text: of numbers, of dates, or of up to ten names (batches) in sorted order; else nan."""
+    numbers = pd.to_numeric(column, errors="coerce")
+    if numbers.notna().any():
+        return numbers.rank()
+    dates = pd.to_datetime(column, errors="coerce", format="ISO8601")
+    if dates.notna().any():
+        return dates.rank()
+    return column.rank() if column.nunique() <= 10 else numbers
+
+
+def confounders_of(pictures, probabilities):
+    """Table of what else is known of each run: can it tell the classes apart alone, and do the calls follow it?
+
+    auc: of the class that it tells best from the others (of two: of class 1), and q, after Benjamini and Hochberg, of a
+    Kruskal-Wallis test. r_within_class: rank correlation with the probability of class 1 (of more than two: of the true
+    class), classes apart, so that it is there though all are called right.
+    """
+    labels, classes = pictures["label"].to_numpy(), range(1, probabilities.shape[1])
+    certain = probabilities[:, 1] if len(classes) == 1 else probabilities[np.arange(len(labels)), labels]
+    rows = {}
+    for name in pictures.columns.difference(NO_CONFOUNDERS, sort=False):
+        ranks = ranks_of(pictures[name])
+        known = ranks.notna().to_numpy()
+        if ranks.nunique() < 2 or len(set(labels[known])) < 2:
+            continue
+        aucs = [roc_auc(labels[known] == k, ranks[known]) for k in classes]
+        within = pd.DataFrame({"value": ranks, "certain": certain}).groupby(labels).rank(pct=True)
+        within -= within.groupby(labels).transform("mean")
+        row = {"auc": max(aucs, key=lambda auc: abs(auc - 0.5))}
+        row["q"] = kruskal(*(part for _, part in ranks[known].groupby(labels[known]))).pvalue
+        rows[name] = row | {"r_within_class": within["value"].corr(within["certain"])}
+    table = pd.DataFrame(rows, ["auc", "q", "r_within_class"]).T
+    table["q"] = false_discovery_control(table["q"])
+    return table
+
+
+def flagged(confounders):
+    """Names of what tells the classes apart by itself, beyond chance and not by a little."""
+    return list(confounders.index[(confounders["q"] < 0.05) & (abs(confounders["auc"] - 0.5) > 0.2)])
+
+
+def by_chance(run, checkpoint, pictures, threshold):
+    """Metrics, a row for each run beside this one that was trained with its settings but on shuffled labels."""
+    rows, own = [], checkpoint["config"]["settings"]
+    for other in sorted(run.parent.glob("seed*-shuffled/best.pt")):
+        model, shuffled = load_run(other.parent)
+        differing = {name for name, value in shuffled["config"]["settings"].items() if own.get(name) != value}
+        if differing <= {"seed", "shuffle_labels"} and not own["shuffle_labels"]:
+            rows.append(metrics_of(pictures["label"].to_numpy(), np.log(votes_of([model], pictures)[0]), threshold))
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------- one run, or several that vote
 
 
 def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
@@ -174,7 +258,15 @@ def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
     probabilities = votes.mean(0)
     labels = pictures["label"].to_numpy()
     confusion = confusion_of(labels, called_class(probabilities, threshold), len(classes))
-    table = judge(labels, np.log(probabilities), threshold)
+    table = judge(labels, np.log(probabilities), pictures["group"].to_numpy(), threshold)
+    null = by_chance(runs[0], checkpoint, pictures, threshold) if len(runs) == 1 else pd.DataFrame()
+    if len(null):
+        better = np.where(table.index == "brier", -1, 1)
+        as_good = (better * (null[table.index] - table["value"]) >= 0).sum()
+        table["p"] = (1 + as_good) / (1 + len(null))
+    recipe, usual = checkpoint["recipe"], checkpoint["profiles"]
+    shifts = [shifts_of(profiles_of(read_picture(path), recipe), usual, recipe) for path in pictures["path"]]
+    confounders = confounders_of(pictures.join(pd.DataFrame(shifts)), probabilities)
 
     data_set = Path(data).resolve().name if data else checkpoint["config"]["data_set"]
     usual = split == "test" and is_own(checkpoint, data)
@@ -183,7 +275,8 @@ def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
     title = title_of(checkpoint, f"{data_set}, {split} split, {len(labels)} pictures", *others)
     contents = {"title": title, "run": ", ".join(map(str, runs)), "split": split, "threshold": threshold, "rule": rule}
     contents |= {"classes": classes, "confusion": confusion.tolist()}
-    contents |= {"metrics": table.replace({np.nan: None}).to_dict("index")}
+    contents |= {"metrics": table.replace({np.nan: None}).to_dict("index"), "shuffled_runs": len(null)}
+    contents |= {"confounders": confounders.replace({np.nan: None}).to_dict("index"), "flagged": flagged(confounders)}
     two = len(classes) == 2
     if two:
         contents |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
@@ -199,13 +292,19 @@ def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
     predictions["of"] = classes[1] if two else predictions["called"]
     predictions["p"] = probabilities[:, 1] if two else probabilities.max(1)
     draw_calibration(folder / "calibration.png", predictions, title)
-    draw_prediction_matrix(folder / "prediction_matrix.png", predictions, checkpoint["recipe"], title)
+    draw_prediction_matrix(folder / "prediction_matrix.png", predictions, recipe, title)
     members = [f"run {run}, epoch {member['epoch']}" for run, member in zip(runs, checkpoints, strict=True)]
     print(title, *members, rule, sep="\n")
-    if (fewest := confusion.sum(1).min()) < 10:
-        print(f"only {fewest} pictures of some class: an interval of so few is too narrow to be believed")
     print(f"\n{pd.DataFrame(confusion, classes, classes).rename_axis('true / called')}\n")
     print(table.to_string(float_format="{:.3f}".format, na_rep="undefined"))
+    if table["low"].isna().all():
+        print(f"no intervals: they need {FEWEST} pictures (or groups) of each class")
+    if len(null):
+        print(f"p: the share, of {len(null)} runs on shuffled labels and this one, that do as well")
+    print("\nWhat else is known of these runs, what it tells alone, and whether the probability follows it in a class:")
+    print(confounders.to_string(float_format="{:.3f}".format, na_rep="undefined"))
+    for name in flagged(confounders):
+        print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")
     print(f"\nresults: {folder}/")
 
 
@@ -233,7 +332,8 @@ def draw_roc(path, labels, probabilities, confusion, auc, classes, title):
         if len(classes) == 2:
             rates = confusion[:, 1] / np.maximum(confusion.sum(1), 1)  # of false and of true positives
             ax.plot(*rates, "ko", label="threshold")
-        ax.set_title("ROC AUC {value:.3f} (95 % interval {low:.3f} - {high:.3f})".format(**auc), fontsize=10)
+        interval = "too few for an interval" if np.isnan(auc["low"]) else "95 % interval {low:.3f} - {high:.3f}"
+        ax.set_title(f"ROC AUC {{value:.3f}} ({interval})".format(**auc), fontsize=10)
         ax.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
         ax.legend(loc="lower right", frameon=False)
 
@@ -269,16 +369,22 @@ def draw_prediction_matrix(path, predictions, recipe, title):
         label_axes(axes)
 
 
-def warnings_of(statistics, cohort):
+def warnings_of(statistics, cohort, recipe):
     """What lies beyond every training run in the statistics of a new run, as one line; '' if nothing does.
 
     Beyond by a margin, as a small cohort of one batch varies less than instruments do: a factor of three of total
-    intensity, a tenth of the axis for its ends, 0.05 for the share of intensity outside the axes.
+    intensity, a tenth of the axis for its ends, 0.05 for the share of intensity outside the axes. For drift inside
+    the axes the margin is two bins beyond nine of ten training runs.
     """
-    low, high = pd.DataFrame(cohort).min(), pd.DataFrame(cohort).max()
+    cohort = pd.DataFrame(cohort)
+    low, high = cohort.min(), cohort.max()
     rt = 0.1 * (high["rt_last"] - low["rt_first"])
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
     margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
+    shifts = {"rt_shift": 2 * (recipe.rt_max - recipe.rt_min) / recipe.bins[0]}
+    shifts |= {"mz_shift": 2 * (recipe.mz_max - recipe.mz_min) / recipe.bins[1]}
+    low[[*shifts]], high[[*shifts]] = cohort[[*shifts]].quantile(0.05), cohort[[*shifts]].quantile(0.95)
+    margins |= shifts
     far = []
     for name, margin in margins.items():
         if not low[name] - margin <= statistics[name] <= high[name] + margin:
@@ -298,24 +404,26 @@ def predict_files(runs, files, threshold=0.5, out=None):
         raise InputError(f"--out {out} exists already; give another name")
     models, checkpoints = load_members(runs)
     checkpoint, *others = checkpoints
+    recipe = checkpoint["recipe"]
     threshold, rule = choose_threshold(models, checkpoints, threshold)
     print(title_of(checkpoint, checkpoint["config"]["data_set"], *others), rule, "", sep="\n")
     files, rows = files_of(files), []
     with tempfile.TemporaryDirectory() as folder:
         for path in tqdm(files, desc="reading", disable=None):
             try:
-                picture, statistics = picture_of_run(path, checkpoint["recipe"])
+                picture, statistics = picture_of_run(path, recipe)
             except (InputError, OSError) as error:
                 tqdm.write(f"left out: {error}", file=sys.stderr)
                 continue
             png = Path(folder, f"{len(rows)}.png")
             Image.fromarray(picture).save(png)
-            warning = warnings_of(statistics, checkpoint["cohort"])
-            rows.append({"file": str(path), "warning": warning, "path": png, "label": 0})
+            shifts = shifts_of(profiles_of(picture, recipe), checkpoint["profiles"], recipe)
+            warning = warnings_of(statistics | shifts, checkpoint["cohort"], recipe)
+            rows.append({"file": str(path), **shifts, "warning": warning, "path": png, "label": 0})
         if rows:
             pictures = pd.DataFrame(rows)
             calls = calls_of(votes_of(models, pictures), checkpoint["config"]["classes"], threshold)
-            table = pictures[["file"]].join(calls).join(pictures["warning"])
+            table = pictures[["file"]].join(calls).join(pictures[["rt_shift", "mz_shift", "warning"]])
             print(table.to_string(index=False, float_format="{:.4f}".format))
             if out:
                 write_table(out, table)
@@ -331,7 +439,11 @@ def runs_below(paths):
 
 
 def table_of(runs):
-    """A row for each run: its best epoch by validation loss, and what its replicates share, as text in `settings`."""
+    """A row for each run: its best epoch by validation loss, and what its replicates share, as text in `settings`.
+
+    A fold has chosen its epoch on its validation pictures, and is judged here on those that it held out. test_p: the
+    permutation p of the test AUC, where evaluate.py has found one.
+    """
     rows = []
     for run in runs:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -342,10 +454,28 @@ def table_of(runs):
         row = {"data_set": config["data_set"], "backbone": settings["backbone"]}
         row |= {"parameters_millions": config["parameters"] / 1e6, "best_epoch": int(best["epoch"])}
         row |= best.filter(regex="^(train|val)_").to_dict()
+        if fold is not None:
+            held_out = read_held_out(run)
+            logits = torch.tensor(held_out.filter(regex="^logit_").to_numpy())
+            row |= scores_of("val", [(logits, torch.tensor(held_out["label"]))])
         row |= {"seconds": epochs["seconds"].sum(), "seed": seed, "fold": "" if fold is None else fold}
-        row |= {"notes": ", ".join(cautions(config)), "run": str(run), "settings": json.dumps(settings)}
-        rows.append(row)
+        row |= {"chance_loss": config["chance_loss"], "notes": ", ".join(cautions(config)), "run": str(run)}
+        if (run / "metrics.json").exists():
+            row["test_p"] = json.loads((run / "metrics.json").read_text())["metrics"]["roc_auc"].get("p")
+        rows.append(row | {"settings": json.dumps(settings)})
     return pd.DataFrame(rows).sort_values("val_loss", ignore_index=True)
+
+
+def read_held_out(run):
+    """Table of the pictures that a fold has held out, with their logits."""
+    return pd.read_csv(Path(run) / "held_out.csv", dtype={"sample_name": str, "group": str})
+
+
+def pooled_metrics(held_out):
+    """'value (low-high)' of each metric over the held-out pictures of all folds of a training."""
+    logits = held_out.filter(regex="^logit_").dropna(axis=1).to_numpy()
+    table = judge(held_out["label"].to_numpy(), logits, held_out["group"].to_numpy())
+    return table.apply(lambda row: "{value:.3f} ({low:.3f}-{high:.3f})".format(**row), axis=1)
 
 
 def replicates_of(table):
@@ -372,15 +502,31 @@ def dunn(groups):
     return p
 
 
+def paired(a, b):
+    """p value of the differences (of trainings x folds) of two models on the same held-out pictures.
+
+    Nadeau and Bengio (2003): training sets overlap, so that the variance of the mean is larger than 1 / n of that of
+    the differences, by the size of a held-out fold over that of the k - 2 for training.
+    """
+    difference, k = (a - b).dropna(), len(a.index.unique("fold"))
+    error = np.sqrt(difference.var() * (1 / len(difference) + 1 / (k - 2)))
+    return 2 * t.sf(abs(difference.mean()) / error, len(difference) - 1)
+
+
 def tests_of(replicates, metrics):
-    """Table of p values: Kruskal-Wallis, then Dunn for each pair, adjusted after Benjamini and Hochberg; by metric."""
+    """(what was tested, table of p values by metric), adjusted after Benjamini and Hochberg."""
     pairs = [f"{a} / {b}" for a, b in itertools.combinations(replicates, 2)]
-    tests = pd.DataFrame(np.nan, ["Kruskal-Wallis", *pairs], metrics)
+    in_folds = all((rows["fold"] != "").all() for rows in replicates.values())
+    tests = pd.DataFrame(np.nan, pairs if in_folds else ["Kruskal-Wallis", *pairs], metrics)
     for name in metrics:
-        groups = [rows[name] for rows in replicates.values()]
-        if np.ptp(np.concatenate(groups)) > 0:  # else, or where one is undefined, nothing can be said
+        groups = [rows.set_index(["seed", "fold"])[name] for rows in replicates.values()]
+        if np.ptp(np.concatenate(groups)) == 0:
+            continue  # nothing can be said
+        if in_folds:
+            tests[name] = false_discovery_control([paired(a, b) for a, b in itertools.combinations(groups, 2)])
+        else:
             tests[name] = [kruskal(*groups).pvalue, *false_discovery_control(dunn(groups))]
-    return tests
+    return (PAIRED if in_folds else DUNN), tests
 
 
 def draw_replicates(path, replicates, metrics):
@@ -403,9 +549,17 @@ def compare(runs, out):
     metrics = [name for name in COMPARED if name in table]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns="settings"))
-    columns = ["data_set", "backbone", "parameters_millions", "best_epoch", "train_loss", *metrics]
-    columns += ["seconds", "seed", "fold", "notes"]
+    columns = ["data_set", "backbone", "parameters_millions", "best_epoch"]
+    columns += [name.replace("val_", "train_") for name in metrics]
+    columns += [*metrics, "chance_loss", "test_p", "seconds", "seed", "fold", "notes"]
+    columns = [name for name in columns if name in table]
     parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table[columns]}
+    folds = table[table["fold"] != ""]
+    if len(folds):
+        held_out = pd.concat([read_held_out(run) for run in folds["run"]])
+        write_table(out / "out_of_fold.csv", held_out)
+        pooled = held_out.groupby("training", sort=False).apply(pooled_metrics)
+        parts[f"All folds of a training together. {FOLDS}"] = pooled
     replicates = replicates_of(table)
     if replicates:
         groups = pd.concat(replicates, names=["replicates of"]).groupby(level=0, sort=False)
@@ -415,7 +569,8 @@ def compare(runs, out):
         draw_replicates(out / "replicates.png", replicates, metrics)
     contenders = {label: rows for label, rows in replicates.items() if "shuffled" not in label}
     if len(contenders) > 1:
-        parts[f"p values. {TESTS}"] = tests_of(contenders, metrics)
+        what, tests = tests_of(contenders, metrics)
+        parts[f"p values. {what}"] = tests
     text = [f"{title}\n\n```\n{part.to_string(float_format='{:.3g}'.format)}\n```" for title, part in parts.items()]
     write_text(out / "comparison.md", "\n\n".join(text))
     print(*text, f"results: {out}/", sep="\n\n")

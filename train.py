@@ -17,6 +17,7 @@ of batch norms, which each process takes of its own share.
 """
 
 import argparse
+import collections
 import copy
 import difflib
 import functools
@@ -53,7 +54,7 @@ from tqdm import tqdm
 from convert import STATISTICS
 from deeplcms import InputError, Parser, Recipe, figure, run_script, whole_file, write_json, write_table
 from deeplcms import colours, find_pictures, first_difference, first_few, first_line, intensity_of, label_of
-from deeplcms import metrics_of, number, read_picture, slow_waves
+from deeplcms import metrics_of, number, profiles_of, read_picture, shifts_of, slow_waves
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
 ARTICLE = """
@@ -96,6 +97,7 @@ SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
 
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
 NOT_SETTINGS = ("params", "repeats", "tune", "storage", "resume", "workers", "out", "demo")
+RECENT = 256  # pictures that the standardisation of a network in training is fitted to
 DRAW_SEED = 2643  # of stored draws, so that repeats, folds and trials share them
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -255,15 +257,15 @@ class Classifier(nn.Module):
             self.standardize.eval()
         return self
 
-    def fit_standardize(self, features):
-        """Mean and variance of the features (N, F) of a frozen backbone.
+    def fit_standardize(self, features, least=0.01):
+        """Mean and variance of the features (N, F) of pictures.
 
-        A feature that hardly varies here is not blown up when it does later: its deviation counts as at least a tenth
-        of the typical one.
+        least: share of the typical variance that every one counts as at least, so that a feature of a frozen backbone
+        that hardly varies here is not blown up when it does later.
         """
         variance, mean = torch.var_mean(features.double(), 0, correction=0)
         self.standardize.running_mean.copy_(mean)
-        self.standardize.running_var.copy_(variance.clamp(min=0.01 * variance.mean()))
+        self.standardize.running_var.copy_(variance.clamp(min=least * variance.mean()))
 
     def feature_map(self, x):
         """Pictures (N, 3, size, size) -> feature map (N, C, H, W), whatever layout the backbone uses inside."""
@@ -283,8 +285,9 @@ class Classifier(nn.Module):
     def standardised(self, x):
         """Features (N, F) as the head takes them: of length 1.
 
-        Divided by the square root of their number one learning rate or penalty suits a head of 100 inputs and one of
-        100,000, and the backbone below is not shaken by the first steps.
+        Divided by the square root of their number F one learning rate or penalty suits a head of 100 inputs and one of
+        100,000, and the backbone below is not shaken by the first steps. (Seen from features that are not divided,
+        --weight-decay and the penalty of a solved head are F times as strong.)
         """
         return self.standardize(x) / self.n_features**0.5
 
@@ -392,6 +395,7 @@ def load_run(run):
     model = Classifier(config["settings"]["backbone"], config["n_outputs"], config["grid"], config["image_size"])
     model.load_state_dict(checkpoint["model"])
     checkpoint["recipe"] = Recipe.from_text(checkpoint["recipe"])
+    checkpoint["profiles"] = [profile.numpy() for profile in checkpoint["profiles"]]
     return model.to(DEVICE).eval(), checkpoint
 
 
@@ -496,6 +500,15 @@ def train_batch(network, optimizer, scaler, x, y, args):
 
 
 @torch.inference_mode()
+def standardize_anew(model, batches, args):
+    """Standardisation by pictures just seen: the network has moved since most of the batches of its running means."""
+    model.eval()
+    with autocast(args):
+        features = [model.features(x.to(DEVICE)).float() for x in batches]
+    model.fit_standardize(torch.cat(features), least=0)
+
+
+@torch.inference_mode()
 def predict(model, loader):
     """[(logits, labels)] of the batches of a loader, on the CPU."""
     model.eval()
@@ -555,10 +568,13 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
         torch.manual_seed(1000 * args.seed + epoch)  # dropout and the like
         loaders["train"].sampler.set_epoch(epoch)
         model.train()
-        outputs = []
+        outputs, recent = [], collections.deque(maxlen=math.ceil(RECENT / args.batch_size))
         for x, y in progress(loaders["train"], f"epoch {epoch}/{args.epochs}"):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
+            recent.append(x)
 
+        if not model.frozen:
+            standardize_anew(model, recent, args)
         with autocast(args):
             held_out = predict(model, loaders["val"])
 
@@ -707,21 +723,40 @@ def shuffled(table, seed):
 
 
 def fold_of(pictures, n_folds, seed):
-    """Fold (N,) of each picture: dealt out like cards, phenotype by phenotype; a group and all copies stay together."""
+    """Fold (N,) of each picture: dealt out like cards, label by label; a group and all copies stay together."""
     owners = pictures.drop_duplicates("group").sample(frac=1, random_state=seed)
-    owners = owners.sort_values("phenotype", kind="stable")
+    owners = owners.sort_values("label", kind="stable")
     fold = pd.Series(np.arange(len(owners)) % n_folds, index=owners["group"])
     return pictures["group"].map(fold).to_numpy()
 
 
 def table_of(pictures, args):
-    """The pictures of one training: labels and splits as --shuffle-labels and --folds have it, no held-out copies."""
+    """The pictures of one training: labels and splits as --shuffle-labels and --folds have it, copies to train alone.
+
+    A fold is held out from training and from the choice of the epoch, which is the next fold's.
+    """
     table = pictures.copy()
     if args.shuffle_labels:
         table["label"] = shuffled(table, args.seed)
     if args.fold is not None:
-        table["split"] = np.where(fold_of(table, args.folds, args.seed) == args.fold, "val", "train")
+        turn = (fold_of(table, args.folds, args.seed) - args.fold) % args.folds
+        table["split"] = np.select([turn == 0, turn == 1], ["held out", "val"], "train")
     return table[(table["split"] == "train") | ~table["copy"]]
+
+
+def chance_loss_of(labels, n_outputs):
+    """The lowest loss of logits that are the same for all pictures: of classes, the entropy of their shares."""
+    logits, labels = torch.zeros(1, n_outputs, requires_grad=True), torch.tensor(labels)
+    optimizer = torch.optim.LBFGS([logits], line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        loss = loss_of(logits.expand(len(labels), -1), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return objective().item()
 
 
 def prepare(args, pictures, classes, recipe, store):
@@ -737,6 +772,7 @@ def prepare(args, pictures, classes, recipe, store):
         "image_size": model.image_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "chance_loss": chance_loss_of(table["label"][table["split"] == "val"].to_numpy(), model.n_outputs),
         "pictures": table["split"].value_counts().to_dict(),
     }
     say(f"{run_folder(args)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
@@ -783,14 +819,42 @@ def train_once(args, pictures, classes, recipe, store):
     best = best_of(history)
     model.load_state_dict(best_weights, strict=False)
     contents = {"model": model.state_dict(), "epoch": best["epoch"], "config": config, "recipe": recipe.to_text()}
-    contents["cohort"] = {name: originals[name].astype(float).tolist() for name in STATISTICS}
+    contents["val_loss"] = best["val_loss"]
+    usual, shifts = usual_profiles(tuple(originals["path"]), recipe)
+    contents["profiles"] = list(map(torch.from_numpy, usual))
+    contents["cohort"] = {name: originals[name].astype(float).tolist() for name in STATISTICS} | shifts
     contents["versions"] = {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    if args.fold is not None:
+        write_held_out(run, model, table_of(pictures, args), args.fold)
     save_checkpoint(run / "best.pt", contents)
     if RANK == 0:
         control = ", shuffled labels" * args.shuffle_labels
         draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
     say(f"best validation loss: {best['val_loss']:.3f}, row {best['epoch']} of epochs.csv\nrun folder: {run}")
+    if best["val_loss"] >= facts["chance_loss"]:
+        say(f"warning: no better than the class shares alone, whose loss is {facts['chance_loss']:.3f}")
     return run
+
+
+def write_held_out(run, model, table, fold):
+    """held_out.csv: the logits that a fold's model gives to the pictures that took no part in its training."""
+    table = table[table["split"] == "held out"].assign(training=str(run).rpartition("-fold")[0], fold=fold)
+    outputs = predict(model, DataLoader(Pictures(table, evaluation_transform(model)), 32))
+    logits = torch.cat([logits for logits, _ in outputs]).numpy()
+    columns = ["training", "fold", "sample_name", "group", "phenotype", "label"]
+    found = table[columns].reset_index(drop=True)
+    found[[f"logit_{k}" for k in range(logits.shape[1])]] = logits
+    if RANK == 0:
+        write_table(run / "held_out.csv", found)
+
+
+@functools.cache
+def usual_profiles(paths, recipe):
+    """Mean profiles (n_rt,) and (n_mz,) of pictures, and {"rt_shift", "mz_shift": a number each} from them."""
+    profiles = [profiles_of(read_picture(path), recipe) for path in paths]
+    usual = [np.mean(of_all, axis=0) for of_all in zip(*profiles, strict=True)]
+    shifts = pd.DataFrame([shifts_of(of_one, usual, recipe) for of_one in profiles])
+    return usual, shifts.to_dict("list")
 
 
 def learn(model, loaders, args, run=None, report=lambda row: None):
@@ -820,7 +884,9 @@ def draw_curves(run, history, title):
                 axes.set_xlabel("epoch")
                 axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend()
-        left.set(title="Loss", ylim=(0, 1.05 * left.get_ylim()[1]))
+        # One epoch that went astray does not flatten the others.
+        top = max(1.5 * table["train_loss"][0], 1.2 * table["val_loss"].median())
+        left.set(title="Loss", ylim=(0, min(top, 1.05 * left.get_ylim()[1])))
         right.set(title="Validation")
 
 
@@ -916,7 +982,7 @@ def expand_backbones(names, params):
         if name in ("article", "pixels") or timm.is_model(name):
             chosen += ARTICLE if name == "article" else [name]
             continue
-        matches = timm.list_models(name) if set(name) & set("*?[") else []
+        matches = timm.list_models(name) or timm.list_pretrained(name) if set(name) & set("*?[") else []
         if not matches:
             near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3, cutoff=0.3)
             raise InputError(f"--backbone {name!r} is not a timm model; the nearest: {', '.join(near) or 'none'}")
@@ -986,8 +1052,8 @@ def parse_arguments(argv=None):
     if not args.data and not args.resume:
         parser.set_defaults(demo=True, data="demo", **DEMO)
     args = parser.parse_args(argv)
-    if args.folds == 1:
-        parser.error("--folds takes at least 2")
+    if 0 < args.folds < 3:
+        parser.error("--folds takes at least 3: one is held out, one chooses the epoch, the others train")
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():
         parser.error(f"--weights {args.weights}: no such file (nor auto, pretrained or random)")
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp

@@ -116,7 +116,7 @@ def benchmark_convert(args):
             times["load"].append(seconds(load, path))
             times["conversion"].append(seconds(convert.write_pictures, path, [(png, (0, 0))], RECIPE))
             times["article"].append(seconds(article_recipe, path, png))
-            times["read"].append(seconds(lambda: list(deeplcms.read_run(path))))
+            times["read"].append(seconds(lambda: list(deeplcms.read_run(path)[1])))
             times["bin"].append(seconds(deeplcms.histogram_of_run, path, RECIPE))
             counts = np.random.default_rng(0).lognormal(8, 2, RECIPE.bins)
             times["filter"].append(seconds(deeplcms.picture_of_counts, counts, RECIPE))

@@ -1,6 +1,6 @@
 """The tables of .github/EXPERIMENTS.md, each by one command; what is finished is not done again.
 
-    python tests/experiments.py augmentation   # or: cohorts alone, rates, votes, shuffled, ranking; --out DIR
+    python tests/experiments.py augmentation   # or another of the functions below; --out DIR
 
 Three demo cohorts of 600 runs (seeds 2643, 1, 2): 360 for testing, 240 for training and validation ("280 runs" with a
 test split of the usual size), or 34 of these ("40 runs"). Numbers are means over the cohorts, lowest and highest in
@@ -225,7 +225,7 @@ def ranking():
         for seed in SEEDS:
             data = Path(f"{kind}{seed}")
             if kind == "demo":
-                call(convert.main, "--demo", data, "--seed", seed, "--runs", 280, "--test", 0.15)
+                demo_of(seed)
             elif not (data / "samples.csv").exists():
                 crowd(data, seed)
             for model, flags in models.items():
@@ -236,15 +236,103 @@ def ranking():
                 print(f"| {data} | {model} | {' | '.join(row.values())} |", flush=True)
 
 
+# ---------------------------------------------------------------- what the classifier should not have learned
+
+
+def confounded():
+    """70 runs without biology, half of them 3.6 s later: those of the second class, or every other run of both."""
+    print("| Cohort | Later are | Of | AUC of calls, test | Told apart alone by | r within a class |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for seed in SEEDS:
+        for later in ("the exposed", "half of each"):
+            folder = Path(f"no-biology{seed}-{later.replace(' ', '-')}")
+            (folder / "raw").mkdir(parents=True, exist_ok=True)
+            compounds, lines, batches = convert.demo_cohort(seed, n_planted=0, n_background=240)
+            samples = []
+            for i in range(70):
+                exposed = i % 2 == 1
+                late = exposed if later == "the exposed" else i % 4 > 1
+                rng = np.random.default_rng([seed, 1, i])
+                moved = compounds.assign(rt=compounds["rt"] + 0.06 * late)
+                scans = convert.simulate_run(rng, moved, lines, False, batches[0])
+                convert.write_mzml(folder / f"raw/run{i:02d}.mzML", scans)
+                samples.append((f"run{i:02d}", convert.DEMO_PHENOTYPES[exposed], i // 2 + 35 * late))
+            columns = ["sample_name", "phenotype", "injection_order"]
+            pd.DataFrame(samples, columns=columns).to_csv(folder / "raw/samples.csv", index=False)
+            axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", 256, "--test", 0.4]
+            call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *axes)
+            for model in ("pixels", "whole"):
+                run = run_of(folder, model, MODELS[model])
+                call(evaluate.main, run)
+                result = json.loads((run / "metrics.json").read_text())
+                flagged = ", ".join(f"{name} ({result['confounders'][name]['auc']:.2f})" for name in result["flagged"])
+                auc, r = (
+                    result["metrics"]["roc_auc"]["value"],
+                    result["confounders"]["injection_order"]["r_within_class"],
+                )
+                print(f"| {seed} | {later} | {model} | {auc:.3f} | {flagged or '-'} | {r:.2f} |", flush=True)
+
+
+def drift():
+    """Runs of the test split, their scans moved by a constant, predicted as new files: warned of, and right."""
+    print("| Cohort | Of | Minutes later | Warned of | Median of rt_shift | Accuracy |\n" + "| --- " * 6 + "|")
+    for seed in SEEDS:
+        data = demo_of(seed)
+        test = deeplcms.find_pictures(data)[0].query("split == 'test'")
+        for model, flags in {"pixels": MODELS["pixels"], "network": [*NETWORK, "--lr", 0.03]}.items():
+            run = run_of(data, f"drift-{model}", flags)
+            for minutes in (0, -0.4, 0.4, 0.6):
+                folder, out = Path(f"{data}-moved{minutes}"), run / f"moved{minutes}.csv"
+                folder.mkdir(exist_ok=True)
+                for name in test["sample_name"]:
+                    if not (folder / f"{name}.mzML").exists():
+                        _, scans = deeplcms.read_run(data / f"raw/{name}.mzML")
+                        moved = [(60 * (rt + minutes), *rest) for rt, *rest in scans if rt + minutes >= 0]
+                        convert.write_mzml(folder / f"{name}.mzML", moved)
+                out.unlink(missing_ok=True)
+                call(evaluate.main, run, "--predict", folder, "--out", out)
+                table = pd.read_csv(out, keep_default_na=False)
+                truth = test.set_index("sample_name")["phenotype"][[Path(file).stem for file in table["file"]]]
+                right = table["called"].to_numpy() == truth.to_numpy()
+                warned = table["warning"].str.contains("rt_shift").sum()
+                cells = f"{warned} of {len(table)} | {table['rt_shift'].median():.2f} | {right.mean():.3f}"
+                print(f"| {data} | {model} | {minutes} | {cells} |", flush=True)
+
+
+def demo_of(seed):
+    """A demo cohort of 280 runs, 42 of them for testing."""
+    call(convert.main, "--demo", f"demo{seed}", "--seed", seed, "--runs", 280, "--test", 0.15)
+    return Path(f"demo{seed}")
+
+
+def shuffled_folds():
+    """Labels of the 40 runs dealt out anew, eight times for each cohort: metrics of all five folds together."""
+    print("| | Accuracy, its standard error | ROC AUC, its standard error |\n| --- | --- | --- |")
+    for model in ("pixels", "frozen"):
+        rows = []
+        for seed in SEEDS:
+            name = f"{model}-shuffled-folds-{seed}"
+            more = ["--folds", 5, "--repeats", 8, "--shuffle-labels"]
+            call(train.main, "--data", f"small{seed}", "--name", name, "--workers", 0, *MODELS[model], *more)
+            for i in range(8):
+                folds = Path("runs", name, MODELS[model][1]).glob(f"seed{2643 + i}-shuffled-fold*")
+                held_out = pd.concat([evaluate.read_held_out(fold) for fold in folds])
+                rows.append(deeplcms.metrics_of(held_out["label"].to_numpy(), held_out[["logit_0"]].to_numpy()))
+        table = pd.DataFrame(rows)[["accuracy", "roc_auc"]]
+        cells = [f"{v.mean():.3f}, {v.sem():.3f}" for _, v in table.items()]
+        print(f"| {model}, {len(table)} x 5 folds | {' | '.join(cells)} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {function.__name__: function for function in (cohorts, augmentation, rates, votes, shuffled, ranking)}
+    tables = cohorts, augmentation, rates, votes, shuffled, ranking, confounded, drift, shuffled_folds
+    tables = {function.__name__: function for function in tables}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")
     args = parser.parse_args()
     Path(args.out).mkdir(exist_ok=True)
     os.chdir(args.out)
     torch.set_num_threads(1)
-    if args.table not in ("cohorts", "ranking"):
+    if args.table not in ("cohorts", "ranking", "confounded", "drift"):
         cohorts()
     tables[args.table]()

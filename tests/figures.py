@@ -31,7 +31,7 @@ def save(figure, path):
 
 def draw_steps(run, box, path):
     """One scan, all scans, their histogram, the picture."""
-    scans, recipe = list(deeplcms.read_run(run)), deeplcms.Recipe(*box)
+    scans, recipe = list(deeplcms.read_run(run)[1]), deeplcms.Recipe(*box)
     rt, mz, intensity = max(scans, key=lambda scan: scan[2].sum())
     counts, _ = deeplcms.histogram_of_run(run, recipe)
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.6), layout="constrained")

@@ -115,6 +115,24 @@ def test_ms2_is_left_out_and_time_order_and_empty_scans_do_not_matter(tmp_path):
         assert counts.sum() == pytest.approx(plain.sum(), rel=1e-6)
 
 
+def test_when_a_run_was_started_is_kept_where_its_file_says_so(tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = ["sample_name,phenotype,split,start_time"]
+    for i, split in enumerate(["train", "val", "test"] * 2):
+        path = tmp_path / f"raw/r{i}.mzML"
+        convert.write_mzml(path, random_scans(i))
+        if i != 4:
+            text = path.read_text().replace("<run ", f'<run startTimeStamp="2026-11-03T10:{i:02d}:00" ')
+            path.write_text(text)
+        rows.append(f"r{i},{'AB'[i // 3]},{split},never")
+    (tmp_path / "samples.csv").write_text("\n".join(rows))
+    command = "convert.py", "raw", "samples.csv", "data", "--bins", 20
+    for _ in range(2):  # the second time from the pictures
+        assert run(*command, cwd=tmp_path) == (0, "")
+        times = deeplcms.read_table(tmp_path / "data/samples.csv")["start_time"].tolist()
+        assert times == [f"2026-11-03 10:{i:02d}:00" if i != 4 else "" for i in range(6)]
+
+
 def test_peak_at_437_min_and_mz_462175_lights_the_pixel_at_that_place(tmp_path):
     recipe = Recipe(0, 10, 100, 900, bins=(200, 320))
     convert.write_mzml(tmp_path / "m3g.mzML", [(PEAK[0] * 60, np.array([PEAK[1]]), np.array([1e6]))])

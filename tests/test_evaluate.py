@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from conftest import TINY, call, run
 from PIL import Image
-from scipy.stats import binom
-
 import convert
+import deeplcms
 import evaluate
-from deeplcms import write_json
+from deeplcms import Recipe, write_json
 
 
 def article():
@@ -26,18 +26,48 @@ def article():
 # ---------------------------------------------------------------- metrics
 
 
-def test_intervals_are_seeded_keep_the_classes_and_agree_with_the_binomial_distribution():
-    table = evaluate.judge(*article())
+def test_intervals_are_wilsons_or_of_resampled_groups_and_of_fewer_than_ten_there_are_none():
+    labels, logits = article()
+    table = evaluate.judge(labels, logits, np.arange(30))
     assert table["value"].round(3)[["accuracy", "precision", "recall", "f1"]].tolist() == [0.9, 0.952, 0.909, 0.93]
-    # Drawing 22 positives out of 22 with replacement, the number found is binomial with probability 20/22.
-    expected = binom.ppf([0.025, 0.975], 22, 20 / 22) / 22
-    assert table.loc["recall", ["low", "high"]].tolist() == pytest.approx(list(expected), abs=1e-9)
-    assert table.equals(evaluate.judge(*article()))
-    # 7 % of resamples that ignored the classes would hold no negative and leave this undefined.
-    few = evaluate.judge(np.array([0] * 2 + [1] * 28), np.linspace(-2, 2, 30)[:, None])
-    assert few.loc[["roc_auc", "balanced_accuracy"]].notna().all(axis=None)
-    alone = evaluate.judge(np.array([0, 0]), np.array([[-1.0], [-2.0]]))
-    assert alone.loc[["recall", "roc_auc"]].isna().all(axis=None) and alone.loc["accuracy", "value"] == 1
+    assert table["value"]["specificity"] == 7 / 8
+    assert table[["low", "high"]].isna().all(axis=None)  # of eight negatives nothing can be said
+    labels, logits, alone = np.repeat(labels, 2), np.repeat(logits, 2, axis=0), np.arange(60)
+    table = evaluate.judge(labels, logits, alone)
+    # Wilson's intervals: 54 of 60, 40 of 44, 14 of 16 (Wilson 1927)
+    expected = {"accuracy": (0.79853, 0.95336), "recall": (0.78837, 0.96411), "specificity": (0.63981, 0.96502)}
+    for name, interval in expected.items():
+        assert table.loc[name, ["low", "high"]].tolist() == pytest.approx(list(interval), abs=1e-4)
+    assert table.equals(evaluate.judge(labels, logits, alone))
+    # Five pictures of each person are drawn together, and tell as much as one.
+    of_pictures = table.loc["balanced_accuracy", "high"] - table.loc["balanced_accuracy", "low"]
+    many = np.repeat(labels, 5), np.repeat(logits, 5, axis=0)
+    of_persons = evaluate.judge(*many, np.repeat(alone, 5)).loc["balanced_accuracy"]
+    assert of_persons["high"] - of_persons["low"] == pytest.approx(of_pictures, rel=0.1)
+    perfect = evaluate.judge(labels, np.where(labels, 9.0, -9.0)[:, None], alone)
+    assert perfect.loc["recall", "low"] == pytest.approx(44 / (44 + 1.95996**2)) and perfect["high"]["recall"] == 1
+
+
+def test_what_tells_the_classes_apart_alone_is_flagged_and_what_does_not_is_not():
+    rng = np.random.default_rng(0)
+    label = np.repeat([0, 1], 20)
+    p = np.where(label, 0.9, 0.1) + rng.uniform(-0.05, 0.05, 40)
+    pictures = pd.DataFrame({"label": label, "sample_name": [f"s{i}" for i in range(40)], "group": "g", "status": "ok"})
+    pictures["total_intensity"] = rng.lognormal(10, 1, 40).astype(str)
+    pictures["start_time"] = [f"2026-11-{3 + 10 * k:02d} 10:{i:02d}:00" for i, k in enumerate(label)]
+    pictures["batch"] = np.where(label, "second", "first")
+    pictures["column"] = ["new", "old"] * 20
+    pictures["note"] = [f"remark {i}" for i in range(40)]
+    pictures["drift"] = p - np.where(label, 0.9, 0.1)
+    pictures["constant"] = "1"
+    table = evaluate.confounders_of(pictures, np.stack([1 - p, p], axis=1))
+    assert set(table.index) == {"total_intensity", "start_time", "batch", "column", "drift"}
+    assert evaluate.flagged(table) == ["start_time", "batch"] and table["auc"][["start_time", "batch"]].tolist() == [
+        1,
+        1,
+    ]
+    assert table["auc"]["column"] == 0.5 and abs(table["r_within_class"]["total_intensity"]) < 0.3
+    assert table["r_within_class"]["drift"] > 0.95  # the calls follow it, though it tells nothing alone
 
 
 @pytest.fixture()
@@ -60,7 +90,7 @@ def test_the_area_under_the_drawn_roc_curve_is_the_auc_ties_included(drawn, tmp_
     labels, score = rng.integers(0, 2, 60), rng.integers(1, 9, 60) / 9
     probabilities = np.stack([1 - score, score], axis=1)
     confusion = evaluate.confusion_of(labels, (score >= 0.5).astype(int), 2)
-    table = evaluate.judge(labels, np.log(probabilities))
+    table = evaluate.judge(labels, np.log(probabilities), np.arange(60))
     arguments = [labels, probabilities, confusion, table.loc["roc_auc"], ["no", "yes"], "title"]
     evaluate.draw_roc(tmp_path / "roc.png", *arguments)
     lines = {line.get_label(): line.get_xydata() for line in drawn[0].lines}
@@ -148,7 +178,7 @@ def test_the_threshold_comes_from_the_validation_split_whatever_the_test_picture
 
 
 def test_a_fold_is_not_judged_on_what_it_has_seen(two, tmp_path):
-    flags = ["--backbone", "pixels", "--data", two[0], "--folds", 2, "--epochs", 1]
+    flags = ["--backbone", "pixels", "--data", two[0], "--folds", 3, "--epochs", 1]
     assert run("train.py", *flags, cwd=tmp_path) == (0, "")
     fold = tmp_path / "runs/data/pixels/seed2643-fold1"
     for flags in (["--split", "val"], ["--threshold", "val"]):
@@ -274,8 +304,9 @@ def test_several_runs_predict_the_mean_and_read_each_file_once(two, folds, tmp_p
     assert run("evaluate.py", *members, "--predict", *files, "--out", "both.csv", cwd=tmp_path) == (0, "")
     assert read == files
     first, second, both = (pd.read_csv(tmp_path / f"{name}.csv") for name in (0, 1, "both"))
-    assert list(first) == ["file", "called", "probability_non-user", "probability_user", "warning"]
-    assert list(both) == [*list(first)[:4], "spread", "warning"]
+    shifts = ["rt_shift", "mz_shift"]
+    assert list(first) == ["file", "called", "probability_non-user", "probability_user", *shifts, "warning"]
+    assert list(both) == [*list(first)[:4], "spread", *shifts, "warning"]
     each = np.array([first["probability_user"], second["probability_user"]])
     assert both["probability_user"].to_numpy() == pytest.approx(each.mean(0), abs=1e-12)
     assert both["spread"].to_numpy() == pytest.approx(abs(each[0] - each[1]) / 2, abs=1e-12)
@@ -314,13 +345,48 @@ def test_only_what_lies_far_from_the_training_cohort_is_warned_of():
     rng = np.random.default_rng(0)
     cohort = {"total_intensity": list(1e8 * rng.lognormal(0, 0.1, 50)), "outside": [0.0] * 50, "rt_first": [0.1] * 50}
     cohort |= {"rt_last": [10.0] * 50, "mz_low": [100.0] * 50, "mz_high": [900.0] * 50}
+    cohort |= {"rt_shift": [0.0] * 40 + [0.1] * 9 + [5.0], "mz_shift": [0.0] * 50}
+    recipe = Recipe(0, 10, 100, 900, bins=(250, 250))
     usual = {"total_intensity": 1e8, "outside": 0.01, "rt_first": 0.2, "rt_last": 9.9}
-    usual |= {"mz_low": 101.0, "mz_high": 880.0}
-    assert evaluate.warnings_of(usual, cohort) == evaluate.warnings_of(usual | {"total_intensity": 2e8}, cohort) == ""
+    usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_shift": 0.17, "mz_shift": -6.0}
+    for statistics in (usual, usual | {"total_intensity": 2e8}):
+        assert evaluate.warnings_of(statistics, cohort, recipe) == ""
     far = {"total_intensity": (1e7, 1e9, 0.0), "outside": (0.2,), "rt_first": (2.0,), "rt_last": (6.0,)}
-    for name, values in (far | {"mz_low": (300.0,), "mz_high": (1500.0,)}).items():
+    far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_shift": (0.2, -0.1), "mz_shift": (7.0,)}
+    for name, values in far.items():
         for value in values:
-            assert evaluate.warnings_of(usual | {name: value}, cohort).startswith(f"{name} is {value:.4g}")
+            assert evaluate.warnings_of(usual | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
+
+
+def test_a_run_that_came_later_inside_the_same_window_is_warned_of(demo, trained, tmp_path):
+    """By 0.8 minutes, five of the 64 bins; the runs themselves are not."""
+    files = []
+    for picture in sorted(demo.glob("test/*/*.png")):
+        path = demo / "raw" / f"{picture.stem}.mzML"
+        _, scans = deeplcms.read_run(path)
+        files += [path, tmp_path / path.name]
+        convert.write_mzml(files[-1], [(60 * (rt + 0.8), *rest) for rt, *rest in scans])
+    assert run("evaluate.py", trained, "--predict", *files, "--out", "new.csv", cwd=tmp_path) == (0, "")
+    table = pd.read_csv(tmp_path / "new.csv", keep_default_na=False)
+    now, later = table.iloc[::2], table.iloc[1::2]
+    assert (later["rt_shift"].to_numpy() - now["rt_shift"].to_numpy()) == pytest.approx(0.8, abs=0.2)
+    assert later["warning"].str.contains("rt_shift").all() and not now["warning"].str.contains("shift").any()
+
+
+def test_a_run_is_compared_with_its_like_on_shuffled_labels(two, tmp_path, capsys):
+    """Four of them: at best the run is first of five, p = 0.2."""
+    flags = ["--backbone", "pixels", "--data", two[0], "--image-size", 64, "--grid", 16]
+    assert run("train.py", *flags, cwd=tmp_path) == (0, "")
+    assert run("train.py", *flags, "--shuffle-labels", "--repeats", 4, cwd=tmp_path) == (0, "")
+    assert run("train.py", *flags, "--shuffle-labels", "--seed", 9, "--augmentation", "none", cwd=tmp_path) == (0, "")
+    capsys.readouterr()
+    assert run("evaluate.py", "runs/data/pixels/seed2643", cwd=tmp_path) == (0, "")
+    assert "of 4 runs on shuffled labels and this one, that do as well" in capsys.readouterr().out
+    metrics = judged(tmp_path / "runs/data/pixels/seed2643")[0]["metrics"]
+    assert metrics["roc_auc"]["p"] == metrics["brier"]["p"] == 0.2
+    assert run("evaluate.py", "runs/data", cwd=tmp_path) == (0, "")
+    table = pd.read_csv(tmp_path / "runs/data/comparison.csv")
+    assert table["test_p"].dropna().tolist() == [0.2]
 
 
 # ---------------------------------------------------------------- many runs
@@ -333,6 +399,7 @@ def table_run(root, backbone, seed, val_loss, data_set="golestan", f1=0.9, suffi
     (folder / "best.pt").touch()
     settings = {"backbone": backbone, "seed": seed, "fold": None, "data": data_set, "shuffle_labels": False} | more
     config = {"data_set": data_set, "weights_origin": origin, "parameters": 8_100_000, "settings": settings}
+    config["chance_loss"] = 0.5832
     write_json(folder / "config.json", config)
     lines = ["epoch,train_loss,val_loss,val_accuracy,val_precision,val_recall,val_f1,val_roc_auc,lr,seconds"]
     for epoch, worse in ((1, 0.5), (2, 0.0), (3, 0.2)):
@@ -358,8 +425,8 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     text = (tmp_path / "comparison.md").read_text()
     header = next(line for line in text.splitlines() if "data_set" in line)
     columns = ["data_set", "backbone", "parameters_millions", "best_epoch", "train_loss", "val_loss"]
-    columns += ["val_accuracy", "val_f1", "val_precision", "val_recall", "seconds"]
-    assert header.split()[:11] == columns
+    columns += ["val_accuracy", "val_f1", "val_precision", "val_recall", "chance_loss", "seconds"]
+    assert header.split()[:12] == columns
     assert "Kruskal" not in text  # no replicates, no tests
 
 
@@ -382,11 +449,40 @@ DUNN_ADJUSTED = [0.193911907529, 0.030525046843, 0.456237189046, 0.456237189046,
 
 def test_dunns_p_values_are_those_of_scikit_posthocs():
     assert evaluate.dunn([np.array(values) for values in LOSSES.values()]) == pytest.approx(DUNN, abs=1e-10)
-    replicates = {name: pd.DataFrame({"val_loss": values, "val_f1": 0.9}) for name, values in LOSSES.items()}
-    tests = evaluate.tests_of(replicates, ["val_loss", "val_f1"])
+    common = {"val_f1": 0.9, "fold": ""}
+    replicates = {
+        name: pd.DataFrame({"val_loss": values, "seed": range(len(values)), **common})
+        for name, values in LOSSES.items()
+    }
+    _, tests = evaluate.tests_of(replicates, ["val_loss", "val_f1"])
     kruskal = 0.03838948028589229  # scipy.stats.kruskal
     assert tests["val_loss"].tolist() == pytest.approx([kruskal, *DUNN_ADJUSTED], abs=1e-10)
     assert tests["val_f1"].isna().all()  # nothing can be said of a metric that never differs
+
+
+def test_folds_are_compared_in_pairs_as_nadeau_and_bengio_do(two, tmp_path):
+    """Two seeds x three folds of two models, matched by seed and fold; a shift in all of them is certain."""
+    rng = np.random.default_rng(0)
+    folds = pd.DataFrame({"seed": [1] * 3 + [2] * 3, "fold": [0, 1, 2] * 2, "val_loss": rng.uniform(size=6)})
+    noise = rng.normal(0, 0.1, 6)
+    other = folds.assign(val_loss=folds["val_loss"] + 0.05 + noise)[::-1]  # whatever their order
+    what, tests = evaluate.tests_of({"a": folds, "b": other}, ["val_loss"])
+    d = -0.05 - noise
+    t = d.mean() / (d.std(ddof=1) * np.sqrt(1 / 6 + 1))  # one fold is held out, one chooses, one trains
+    assert "Nadeau and Bengio" in what and list(tests.index) == ["a / b"]
+    assert tests["val_loss"]["a / b"] == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5))
+    flags = ["--data", two[0], "--folds", 3, "--name", "f", "--image-size", 64]
+    for grid in (4, 16):
+        more = ["--backbone", "pixels", "--grid", grid, "--name", f"grid{grid}"]
+        assert run("train.py", *flags, *more, cwd=tmp_path) == (0, "")
+    assert run("evaluate.py", "runs", cwd=tmp_path) == (0, "")
+    text = (tmp_path / "runs/comparison.md").read_text()
+    assert "Nadeau and Bengio" in text and "All folds of a training together" in text and "Kruskal" not in text
+    held_out = pd.read_csv(tmp_path / "runs/out_of_fold.csv")
+    assert held_out.groupby("training")["sample_name"].nunique().tolist() == [64, 64] and len(held_out) == 128
+    best = held_out[held_out["training"].str.contains("grid16")]
+    accuracy = ((best["logit_0"] > 0) == (best["phenotype"] == "user")).mean()
+    assert f"{accuracy:.3f} (" in text.split("All folds")[1]
 
 
 def test_replicates_are_runs_that_differ_in_the_seed_alone(tmp_path, capsys):

@@ -322,10 +322,56 @@ def test_branches_are_fused_for_extraction_alone_and_give_the_same_features(demo
 
 def test_folds_and_seeds_and_trials_share_one_extraction(demo, trained, tmp_path, capsys):
     arguments = tiny(demo, "--finetune", "head", "--epochs", 1, "--weights", trained / "best.pt")
-    for name, flags in {"f": ["--folds", 2, "--repeats", 2], "r": ["--repeats", 2], "t": ["--tune", 2]}.items():
+    for name, flags in {"f": ["--folds", 3, "--repeats", 2], "r": ["--repeats", 2], "t": ["--tune", 2]}.items():
         assert run("train.py", *arguments, *flags, "--name", name, cwd=tmp_path) == (0, "")
         assert capsys.readouterr().out.count("storing the features") == 2, name  # of training and of validation
-    assert len(list(tmp_path.glob("runs/f/*/seed264[34]-fold[01]/best.pt"))) == 4
+    assert len(list(tmp_path.glob("runs/f/*/seed264[34]-fold[012]/best.pt"))) == 6
+
+
+def test_every_picture_is_held_out_once_from_weights_and_epoch_and_judged_by_that_fold(demo, tmp_path):
+    arguments = ["--backbone", "pixels", "--grid", 8, "--data", demo, "--folds", 4]
+    assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
+    pictures, recipe = deeplcms.find_pictures(demo, ("train", "val"))
+    pictures["label"] = deeplcms.label_of(pictures, ["control", "exposed"])
+    names = []
+    for fold, training in enumerate(train.trainings_of(train.parse_arguments(list(map(str, arguments))))):
+        folder = tmp_path / f"runs/demo/pixels/seed2643-fold{fold}"
+        held_out = pd.read_csv(folder / "held_out.csv")
+        table = train.table_of(pictures, training)
+        parts = {split: set(rows["sample_name"]) for split, rows in table.groupby("split")}
+        assert set(held_out["sample_name"]) == parts["held out"] and len(parts["val"]) == pytest.approx(8.5, abs=1)
+        assert parts["held out"] | parts["val"] | parts["train"] == set(pictures["sample_name"])
+        assert not parts["held out"] & (parts["train"] | parts["val"])
+        names += list(held_out["sample_name"])
+        model, _ = train.load_run(folder)
+        rows = table[table["split"] == "held out"]
+        x = torch.stack([x for x, _ in Pictures(rows, train.evaluation_transform(model))])
+        assert held_out["logit_0"].tolist() == pytest.approx(model(x)[:, 0].tolist(), abs=1e-4)
+    assert sorted(names) == sorted(pictures["sample_name"])
+
+
+def test_the_standardisation_of_a_network_in_training_is_that_of_its_present_features(demo, tmp_path):
+    """Running means over batches lag behind a network that moves, here by a factor of several."""
+    folder = train_in(tmp_path, demo, "--grid", 2, "--epochs", 3, "--lr", 0.1, "--augmentation", "none")
+    model, checkpoint = train.load_run(folder)
+    last = torch.load(folder / "last.pt", weights_only=True)
+    model.load_state_dict(last["model"])
+    rows = deeplcms.find_pictures(demo, ("train",))[0].assign(label=0)
+    x = torch.stack([x for x, _ in Pictures(rows, train.evaluation_transform(model))])
+    with torch.inference_mode():
+        variance, mean = torch.var_mean(model.features(x), 0, correction=0)
+    torch.testing.assert_close(model.standardize.running_mean, mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.standardize.running_var, variance, rtol=1e-2, atol=1e-6)
+
+
+def test_a_model_that_is_no_better_than_the_class_shares_is_called_so(demo, tmp_path, capsys):
+    entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
+    for n_outputs in (1, 2):
+        assert train.chance_loss_of(np.array([0, 0, 0, 1]), n_outputs) == pytest.approx(entropy, abs=1e-5)
+    train_in(tmp_path, demo, "--epochs", 1, "--lr", 1e-12)  # it stays at even odds
+    assert "warning: no better than the class shares alone, whose loss is 0.6" in capsys.readouterr().out
+    assert run("evaluate.py", cwd=tmp_path) == (0, "")
+    assert "on validation pictures no better than chance" in capsys.readouterr().out
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(demo, tmp_path):
@@ -375,6 +421,8 @@ def test_pixels_keep_a_grid_of_their_own_beside_networks_and_in_the_demo():
 def test_patterns_keep_the_backbones_of_a_size():
     assert train.expand_backbones(["regnetx_0*"], (6, 8)) == ["regnetx_006", "regnetx_008"]
     assert len(train.expand_backbones(["article", "regnetx_002"], None)) == 31
+    tags = train.expand_backbones(["mobileone_s*apple_in1k"], None)
+    assert "mobileone_s3.apple_in1k" in tags and len(tags) == 5
 
 
 # ---------------------------------------------------------------- experiments
@@ -447,7 +495,7 @@ def test_bad_input_ends_in_one_clear_line(demo, tmp_path, flags, words):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--data demo", "--backbone x --folds 1", "--backbone x --weights gone.pt", "--backbone x --lr -1"]
+    "flags", ["--data demo", "--backbone x --folds 2", "--backbone x --weights gone.pt", "--backbone x --lr -1"]
 )
 def test_wrong_usage_is_one_line_and_status_2(flags, capsys):
     with pytest.raises(SystemExit) as end:
