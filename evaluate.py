@@ -200,26 +200,23 @@ def ranks_of(column):
 def confounders_of(pictures, probabilities):
     """Table of what else is known of each run: can it tell the classes apart alone, and do the calls follow it?
 
-    auc: of the class that it tells best from the others (of two: of class 1), and q, after Benjamini and Hochberg, of a
-    Kruskal-Wallis test. r_within_class: rank correlation with the probability of class 1 (of more than two: of the true
-    class), classes apart, so that it is there though all are called right.
+    auc: of the last class against the others, and q, after Benjamini and Hochberg, of a Kruskal-Wallis test of all.
+    r_within_class: rank correlation with that class's probability, each true class ranked apart, so that the difference
+    between the classes is no part of it.
     """
-    labels, classes = pictures["label"].to_numpy(), range(1, probabilities.shape[1])
-    certain = probabilities[:, 1] if len(classes) == 1 else probabilities[np.arange(len(labels)), labels]
-    rows = {}
+    rows, last = {}, probabilities.shape[1] - 1
     for name in pictures.columns.difference(NO_CONFOUNDERS, sort=False):
-        ranks = ranks_of(pictures[name])
-        known = ranks.notna().to_numpy()
-        if ranks.nunique() < 2 or len(set(labels[known])) < 2:
+        known = pd.DataFrame({"rank": ranks_of(pictures[name]), "p": probabilities[:, last]}).dropna()
+        labels = pictures["label"][known.index].to_numpy()
+        if known["rank"].nunique() < 2 or len(set(labels)) < 2:
             continue
-        aucs = [roc_auc(labels[known] == k, ranks[known]) for k in classes]
-        within = pd.DataFrame({"value": ranks, "certain": certain}).groupby(labels).rank(pct=True)
+        q = kruskal(*(part for _, part in known["rank"].groupby(labels))).pvalue  # adjusted below
+        within = known.groupby(labels).rank(pct=True)
         within -= within.groupby(labels).transform("mean")
-        row = {"auc": max(aucs, key=lambda auc: abs(auc - 0.5))}
-        row["q"] = kruskal(*(part for _, part in ranks[known].groupby(labels[known]))).pvalue
-        rows[name] = row | {"r_within_class": within["value"].corr(within["certain"])}
+        auc = roc_auc(labels == last, known["rank"])
+        rows[name] = {"auc": auc, "q": q, "r_within_class": within["rank"].corr(within["p"])}
     table = pd.DataFrame(rows, ["auc", "q", "r_within_class"]).T
-    table["q"] = false_discovery_control(table["q"])
+    table["q"] = false_discovery_control(table["q"]) if len(table) else []
     return table
 
 
@@ -230,18 +227,16 @@ def flagged(confounders):
 
 def by_chance(run, checkpoint, pictures, threshold):
     """Metrics, a row for each run beside this one that was trained with its settings but on shuffled labels."""
-    rows, own = [], checkpoint["config"]["settings"]
+    rows, wanted = [], checkpoint["config"]["settings"] | {"shuffle_labels": True}
     for other in sorted(run.parent.glob("seed*-shuffled/best.pt")):
         model, shuffled = load_run(other.parent)
-        differing = {name for name, value in shuffled["config"]["settings"].items() if own.get(name) != value}
-        if differing <= {"seed", "shuffle_labels"} and not own["shuffle_labels"]:
+        settings = shuffled["config"]["settings"]
+        if settings == wanted | {"seed": settings["seed"]}:
             rows.append(metrics_of(pictures["label"].to_numpy(), np.log(votes_of([model], pictures)[0]), threshold))
     return pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------- one run, or several that vote
-
-
 def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
     """Metrics, predictions and figures of a run, or of several that vote, on one split; prints the table.
 
@@ -264,8 +259,8 @@ def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
         better = np.where(table.index == "brier", -1, 1)
         as_good = (better * (null[table.index] - table["value"]) >= 0).sum()
         table["p"] = (1 + as_good) / (1 + len(null))
-    recipe, usual = checkpoint["recipe"], checkpoint["profiles"]
-    shifts = [shifts_of(profiles_of(read_picture(path), recipe), usual, recipe) for path in pictures["path"]]
+    recipe, profiles = checkpoint["recipe"], checkpoint["profiles"]
+    shifts = [shifts_of(profiles_of(read_picture(path), recipe), profiles, recipe) for path in pictures["path"]]
     confounders = confounders_of(pictures.join(pd.DataFrame(shifts)), probabilities)
 
     data_set = Path(data).resolve().name if data else checkpoint["config"]["data_set"]
