@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -236,6 +237,27 @@ def ranking():
                 print(f"| {data} | {model} | {' | '.join(row.values())} |", flush=True)
 
 
+def bins():
+    """The same runs in finer pictures: does what a picture knows of a compound grow, and the evidence with it?"""
+    print("| Cohort | Bins | t-test of phenotypes | evidence: pixels | network |\n" + "| --- " * 5 + "|")
+    for kind in ("demo", "crowd"):
+        for seed in SEEDS:
+            source = demo_of(seed) if kind == "demo" else Path(f"crowd{seed}")
+            if not (source / "samples.csv").exists():
+                crowd(source, seed)
+            for n in (256, 512, 1024):
+                data = Path(f"{source}-{n}")
+                axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", n, "--test", 0.15, "--seed", seed]
+                call(convert.main, source / "raw", source / "raw/samples.csv", data, *axes)
+                shutil.copy(source / "features.csv", data)
+                models = {"pixels": [*MODELS["pixels"], "--image-size", 128]}
+                if n == 1024:
+                    models["network"] = [*NETWORK, "--lr", 0.03, "--finetune", "all"]
+                rows = [ranked(run_of(data, name, [*flags, "--seed", seed]), data) for name, flags in models.items()]
+                cells = [rows[0]["t-test of phenotypes"], *[row["evidence"] for row in rows]]
+                print(f"| {source} | {n} | {' | '.join(cells)} |", flush=True)
+
+
 # ---------------------------------------------------------------- what the classifier should not have learned
 
 
@@ -325,7 +347,7 @@ def shuffled_folds():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = cohorts, augmentation, rates, votes, shuffled, ranking, confounded, drift, shuffled_folds
+    tables = cohorts, augmentation, rates, votes, shuffled, ranking, bins, confounded, drift, shuffled_folds
     tables = {function.__name__: function for function in tables}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")
@@ -333,6 +355,6 @@ if __name__ == "__main__":
     Path(args.out).mkdir(exist_ok=True)
     os.chdir(args.out)
     torch.set_num_threads(1)
-    if args.table not in ("cohorts", "ranking", "confounded", "drift"):
+    if args.table not in ("cohorts", "ranking", "bins", "confounded", "drift"):
         cohorts()
     tables[args.table]()
