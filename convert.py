@@ -21,7 +21,6 @@ import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -38,13 +37,25 @@ from deeplcms import write_json, write_table, write_text
 
 STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
 FOUND = [*STATISTICS, "start_time"]  # in every run, and where it says so when it was started
+NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "demo", "runs", "workers")  # flags that change no picture
+DEMO_PHENOTYPES = ("control", "exposed")
+DEMO_BATCHES, DEMO_MINUTES, DEMO_MZ = 4, 10.0, (100.0, 900.0)
+DEMO_FEATURES = """\
+,,,,,,,Class
+,,,,,,,File type
+,,,,,,,Injection order
+,,,,,,,Batch ID
+Alignment ID,Average Rt(min),Average Mz,Metabolite name,Ontology,Fold change,MS/MS matched,Annotation tag (VS1.0)
+"""
+DEMO_DEFAULTS = {"bins": [256], "test": 0.2, "rt_range": [0.0, DEMO_MINUTES], "mz_range": list(DEMO_MZ)}
 
 
 # ---------------------------------------------------------------- the cohort and its splits
 def read_samples(args):
     """The table of samples, with the columns group, path (of the raw run, nan without one) and split."""
     table, runs = read_table(args.samples), find_runs(args.raw_dir)
-    patterns = {"sample_name": r"^$|^\s|\s$|^\.|/", "phenotype": r"^$|^\s|\s$|^\.|/"}  # none can name a folder
+    no_name = r"^$|^\s|\s$|^\.|/"  # of a file or a folder
+    patterns = {"sample_name": no_name, "phenotype": no_name}
     if args.group_by:
         patterns[args.group_by] = r"^\s*$"
     for column, pattern in patterns.items():
@@ -62,26 +73,26 @@ def read_samples(args):
 
     table["group"] = table[args.group_by or "sample_name"]
     table["path"] = table["sample_name"].map(runs)
-    present = table["path"].notna()
-    names = set(table["sample_name"])
-    print(f"{present.sum()} of the {len(table)} samples have a file in {args.raw_dir}", end="")
-    print(f"; without one: {first_few(names - runs.keys())}" if names - runs.keys() else "", end="")
-    print(f"; without a sample: {first_few(runs.keys() - names)}" if runs.keys() - names else "")
-    if table["phenotype"][present].nunique() < 2:
+    present = table[table["path"].notna()]
+    absent = table["sample_name"][table["path"].isna()]
+    unknown = runs.keys() - set(table["sample_name"])
+    print(f"{len(present)} of the {len(table)} samples have a file in {args.raw_dir}", end="")
+    print(f"; without one: {first_few(absent)}" if len(absent) else "", end="")
+    print(f"; without a sample: {first_few(unknown)}" if unknown else "")
+    if present["phenotype"].nunique() < 2:
         raise InputError(f"{args.samples}: a classifier needs runs of two phenotypes; do the names match the files?")
     if "split" not in table:
-        table["split"] = assign_splits(table[present], args.test, args.val, args.seed)
-    check_splits(table[present])
+        table["split"] = assign_splits(present, args.test, args.val, args.seed)
+    check_splits(table.loc[present.index])
     return table
 
 
 def share_out(sizes, fraction):
     """How many of each phenotype make ceil(fraction * all), by largest remainder: Series like sizes."""
     n = math.ceil(fraction * sizes.sum() - 1e-9)
-    exact = n * sizes / sizes.sum()
+    exact = n * sizes / max(sizes.sum(), 1)
     counts = exact.astype(int)
-    last = (counts - exact).sort_values(kind="stable").index[: n - counts.sum()]
-    counts[last] += 1
+    counts[(exact - counts).nlargest(n - counts.sum()).index] += 1
     return counts
 
 
@@ -92,20 +103,18 @@ def assign_splits(table, test, val, seed):
     split that is shortest of its phenotypes.
     """
     sizes = table["phenotype"].value_counts().sort_index()
-    wanted = pd.DataFrame({"test": share_out(sizes, test)})
-    wanted["val"] = share_out(sizes - wanted["test"], val)
-    wanted["train"] = sizes - wanted["test"] - wanted["val"]
-    wanted = wanted[list(SPLITS)].T  # (split, phenotype)
+    n_test = share_out(sizes, test)
+    n_val = share_out(sizes - n_test, val)
+    wanted = pd.DataFrame({"train": sizes - n_test - n_val, "val": n_val, "test": n_test}).T  # (split, phenotype)
     missing = wanted.copy()
     groups = list(table.groupby("group", sort=False).groups.values())
     random.Random(seed).shuffle(groups)
     split = pd.Series(index=table.index, dtype=object)
     for rows in sorted(groups, key=len, reverse=True):
-        phenotypes = table["phenotype"][rows].value_counts()
-        share_missing = (missing / wanted.clip(lower=1))[phenotypes.index]
-        home = (share_missing * phenotypes).sum(axis=1).idxmax()
+        phenotypes = table["phenotype"][rows].value_counts().reindex(sizes.index, fill_value=0)
+        home = (missing / wanted.clip(lower=1) * phenotypes).sum(axis=1).idxmax()
         split[rows] = home
-        missing.loc[home, phenotypes.index] -= phenotypes
+        missing.loc[home] -= phenotypes
     return split
 
 
@@ -119,18 +128,16 @@ def check_splits(table):
     counts = pd.crosstab(table["split"], table["phenotype"]).reindex(SPLITS, fill_value=0)
     if counts.min(axis=None) == 0:
         split, phenotype = counts.stack().idxmin()
-        advice = "change --test or --val, or give a split column"
-        raise InputError(f"the {split} split has no run of {phenotype} ({len(table)} runs in all): {advice}")
+        raise InputError(f"the {split} split has no run of {phenotype}: change --test or --val, or give a split column")
 
 
 # ---------------------------------------------------------------- the PNGs of one run
 def shifted(picture, rt_shift, mz_shift, fill):
     """Copy of a picture moved by whole pixels (right, up); what it uncovers is filled, nothing wraps around."""
-    height, width = picture.shape[:2]
-    padded = np.empty((height + 2 * abs(mz_shift), width + 2 * abs(rt_shift), 3), np.uint8)
-    padded[:] = fill
-    padded[abs(mz_shift) :, abs(rt_shift) :][:height, :width] = picture
-    return padded[abs(mz_shift) + mz_shift :, abs(rt_shift) - rt_shift :][:height, :width]
+    image = Image.fromarray(picture)
+    copy = Image.new("RGB", image.size, tuple(fill))
+    copy.paste(image, (rt_shift, -mz_shift))
+    return np.asarray(copy)
 
 
 def draw_shifts(sample_name, n, max_shift, seed):
@@ -153,11 +160,12 @@ def write_pictures(path, pngs, recipe):
     """Write the picture of one run and its shifted copies (see png_paths); returns the statistics of the run."""
     picture, statistics = picture_of_run(path, recipe)
     text = recipe.to_text() | {"source": path.name, "sample_name": pngs[-1][0].stem} | statistics
-    for png, shift in pngs:
+    for png, (rt, mz) in pngs:
+        text["shift"] = f"{rt} {mz}"
         info = PngImagePlugin.PngInfo()
-        for key, value in (text | {"shift": f"{shift[0]} {shift[1]}"}).items():
+        for key, value in text.items():
             info.add_text(key, str(value))
-        image = Image.fromarray(shifted(picture, *shift, recipe.zero_colour()))
+        image = Image.fromarray(shifted(picture, rt, mz, recipe.zero_colour()))
         with whole_file(png) as temporary:
             image.save(temporary, pnginfo=info, compress_level=1)
     return statistics
@@ -165,7 +173,8 @@ def write_pictures(path, pngs, recipe):
 
 def statistics_of_run(path, min_intensity):
     """Statistics of a run, its extent among them: for them it does not matter where the bins lie."""
-    return histogram_of_run(path, Recipe(0, 1, 0, 1, bins=(1, 1), min_intensity=min_intensity))[1]
+    one_bin = Recipe(0, 1, 0, 1, bins=(1, 1), min_intensity=min_intensity)
+    return histogram_of_run(path, one_bin)[1]
 
 
 # ---------------------------------------------------------------- worker processes
@@ -195,40 +204,28 @@ def for_each(function, tasks, workers, title):
 
     It takes the pool with it: what was unfinished is then done one by one, which names the culprit.
     """
-    unfinished = {}
+    pools = [tasks]  # and one for each that was unfinished
     with tqdm(total=len(tasks), desc=title, unit="run", disable=None) as bar:
-        for name, result in pooled(function, tasks, workers):
-            if isinstance(result, BrokenProcessPool):
-                unfinished[name] = tasks[name]
-                continue
-            bar.update()
-            yield name, result
-        for name, arguments in unfinished.items():
-            yield from pooled(function, {name: arguments}, 1)
-            bar.update()
+        for pool in pools:
+            for name, result in pooled(function, pool, workers):
+                if isinstance(result, BrokenProcessPool) and len(pool) > 1:
+                    pools.append({name: tasks[name]})
+                else:
+                    bar.update()
+                    yield name, result
 
 
 # ---------------------------------------------------------------- a whole data set
-
-NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "demo", "runs", "workers")  # flags that change no picture
-
-
-def check_settings(out_dir, settings):
-    """The axes of the conversion in out_dir that this one goes on with, or None. InputError if a setting differs."""
-    path = out_dir / "settings.json"
-    if not path.exists():
-        if any(out_dir.glob("*/*/*.png")):
-            raise InputError(f"{out_dir} already holds pictures that convert.py did not make: use another OUT_DIR")
-        return None
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if differing := first_difference(before, settings):
-        what = "other samples or splits" if differing[0] == "samples" else "{} {}, not {}".format(*differing)
-        raise InputError(f"{out_dir} was converted with {what}: use another OUT_DIR, or delete this one")
-    return before["axes"]
-
-
-def find_axes(runs, args):
-    """[rt_min, rt_max, mz_min, mz_max] as given or else around every run, and {name: exception} of those unreadable."""
+def find_axes(out_dir, settings, runs, args):
+    """The axes (as before, as given, or else around every run), and {name: exception} of those that cannot be read."""
+    if (out_dir / "settings.json").exists():
+        before = json.loads((out_dir / "settings.json").read_text(encoding="utf-8"))
+        if differing := first_difference(before, settings):
+            what = "other samples or splits" if differing[0] == "samples" else "{} {}, not {}".format(*differing)
+            raise InputError(f"{out_dir} was converted with {what}: use another OUT_DIR, or delete this one")
+        return before["axes"], {}
+    if any(out_dir.glob("*/*/*.png")):
+        raise InputError(f"{out_dir} already holds pictures that convert.py did not make: use another OUT_DIR")
     if args.rt_range and args.mz_range:
         return [*args.rt_range, *args.mz_range], {}
     tasks = {name: (path, args.min_intensity) for name, path in runs.items()}
@@ -237,28 +234,27 @@ def find_axes(runs, args):
     if len(failures) == len(runs):
         raise InputError(f"none of the {len(runs)} runs could be read; the first: {next(iter(failures.values()))}")
     found = pd.DataFrame([result for name, result in results.items() if name not in failures])
-    axes = [*(args.rt_range or (found["rt_first"].min(), found["rt_last"].max()))]
-    axes += [*(args.mz_range or (found["mz_low"].min(), found["mz_high"].max()))]
-    for i in (0, 2):
-        if axes[i] == axes[i + 1]:  # one scan or one m/z: as numpy.histogram2d does
-            axes[i], axes[i + 1] = axes[i] - 0.5, axes[i] + 0.5
-    return [float(value) for value in axes], failures
+    axes = []
+    for given, first, last in ((args.rt_range, "rt_first", "rt_last"), (args.mz_range, "mz_low", "mz_high")):
+        low, high = given or (float(found[first].min()), float(found[last].max()))
+        margin = 0.5 if low == high else 0.0  # one scan or one m/z: as numpy.histogram2d does
+        axes += [low - margin, high + margin]
+    return axes, failures
 
 
 def convert(args):
     """Convert the runs of args.raw_dir listed in args.samples into args.out_dir; returns the exit status."""
     out_dir, table = Path(args.out_dir), read_samples(args)
-    present = table[table["path"].notna()]
+    present = table[table["path"].notna()].set_index("sample_name", drop=False)
+    folders = present["split"] + "/" + present["phenotype"]
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings["samples"] = dict(zip(present["sample_name"], present["split"] + "/" + present["phenotype"], strict=True))
-    axes, failures = check_settings(out_dir, settings), {}
-    if axes is None:
-        axes, failures = find_axes(dict(zip(present["sample_name"], present["path"], strict=True)), args)
-    picture_settings = {field.name for field in fields(Recipe)} & settings.keys()
-    recipe = Recipe(*axes, **{name: settings[name] for name in picture_settings} | {"bins": tuple(args.bins)})
-    for folder in set(present["split"] + "/" + present["phenotype"]):
+    settings["samples"] = folders.to_dict()
+    axes, failures = find_axes(out_dir, settings, present["path"].to_dict(), args)
+    of_picture = {name: value for name, value in settings.items() if name in Recipe.__annotations__}
+    recipe = Recipe(*axes, **of_picture | {"bins": tuple(args.bins)})
+    for folder in folders.unique():
         (out_dir / folder).mkdir(parents=True, exist_ok=True)
-    for leftover in out_dir.glob("*/*/.*.tmp.png"):  # of a conversion that was killed
+    for leftover in [*out_dir.glob("*/*/.*.tmp.png"), *out_dir.glob("raw/.*.tmp.mzML")]:  # of a command that was killed
         leftover.unlink()
     write_json(out_dir / "settings.json", settings | {"axes": axes})
 
@@ -267,7 +263,7 @@ def convert(args):
         pngs = png_paths(out_dir, row, args)
         if all(png.exists() for png, _ in pngs):
             text, _ = read_text(pngs[-1][0])
-            statistics[row.sample_name] = {name: text[name] for name in FOUND if name in text}
+            statistics[row.sample_name] = {name: text.get(name) for name in FOUND}
         elif row.sample_name not in failures:
             tasks[row.sample_name] = (row.path, pngs, recipe)
     if statistics:
@@ -294,19 +290,14 @@ def report(out_dir, table, recipe, statistics, failures):
     write_table(out_dir / "samples.csv", table)
 
     print(f"{len(statistics)} of {len(status)} runs in {out_dir}: {recipe}")
-    print(pd.crosstab(table["split"], table["phenotype"][table["status"] == "ok"]).to_string())
-    cut = table["sample_name"][table["outside"].astype(float) > 0.01]
+    done = table[table["status"] == "ok"]
+    print(pd.crosstab(done["split"], done["phenotype"]).to_string())
+    cut = done["sample_name"][done["outside"].astype(float) > 0.01]
     if len(cut):
         print(f"warning: more than 1 % of the intensity is outside the axes in {first_few(cut)}")
 
 
 # ---------------------------------------------------------------- demo: a cohort whose truth is known
-
-DEMO_PHENOTYPES = ("control", "exposed")
-DEMO_BATCHES, DEMO_MINUTES, DEMO_MZ = 4, 10.0, (100.0, 900.0)
-DEMO_DEFAULTS = {"bins": [256], "test": 0.2, "rt_range": [0.0, DEMO_MINUTES], "mz_range": list(DEMO_MZ)}
-
-
 def demo_compounds(rng, n_planted=24, n_background=216):
     """A made-up metabolome, and `fold`: the level of each compound in exposed people over that in controls.
 
@@ -314,11 +305,13 @@ def demo_compounds(rng, n_planted=24, n_background=216):
     is drawn alike for planted and background ones. `frequency` is the chance that a run holds a compound at all.
     """
     n = n_planted + n_background
-    compounds = pd.DataFrame({"planted": np.arange(n) < n_planted, "rt": rng.uniform(0.9, 9.0, n)})  # minutes
+    compounds = pd.DataFrame({"planted": np.arange(n) < n_planted})
+    compounds["rt"] = rng.uniform(0.9, 9.0, n)  # minutes
     compounds["mz"] = rng.uniform(110, 700, n) + 20 * compounds["rt"]  # later means larger, as on a C18 column
-    neighbours, of = np.arange(2 * n // 3, n), rng.integers(0, n, n - 2 * n // 3)  # a third overlaps with others
-    compounds.loc[neighbours, "rt"] = compounds["rt"].to_numpy()[of] + rng.normal(0, 0.1, len(of))
-    compounds.loc[neighbours, "mz"] = compounds["mz"].to_numpy()[of] + rng.normal(0, 6, len(of))
+    others = rng.integers(0, n, n - 2 * n // 3)  # with which the last third overlaps
+    for axis, spread in (("rt", 0.1), ("mz", 6)):
+        beside = compounds[axis][others] + rng.normal(0, spread, len(others))
+        compounds.loc[2 * n // 3 :, axis] = beside.to_numpy()
     compounds["log10_height"] = np.clip(rng.normal(5.8, 0.5, n), 5.0, 7.3)
     compounds["width"] = rng.uniform(2.5, 5.0, n)  # seconds, one standard deviation of the rising side
     compounds["tailing"] = rng.uniform(1.2, 3.0, n)  # falling side / rising side
@@ -339,9 +332,10 @@ def simulate_run(rng, compounds, lines, exposed, batch):
     times = np.arange(0, 60 * DEMO_MINUTES, 2.0)
     n = len(times)
     peaks = []  # (scan, m/z, intensity) arrays
-
-    ppm, sensitivity, own = rng.normal(0, 3), rng.lognormal(0, 0.3), rng.normal(0, 3, 6)
-    drift = (batch + own) @ slow_waves(compounds["rt"] / DEMO_MINUTES) + rng.normal(0, 0.5, len(compounds))
+    ppm = rng.normal(0, 3)
+    sensitivity = rng.lognormal(0, 0.3)
+    waves = batch + rng.normal(0, 3, 6)
+    drift = waves @ slow_waves(compounds["rt"] / DEMO_MINUTES) + rng.normal(0, 0.5, len(compounds))
     level = compounds["fold"] ** (0.5 if exposed else -0.5)
     level = level.replace(np.inf, 1.0) * sensitivity * rng.lognormal(0, 0.8, len(compounds))
     drawn = compounds.assign(apex=60 * compounds["rt"] + drift, top=10 ** compounds["log10_height"] * level)
@@ -351,8 +345,8 @@ def simulate_run(rng, compounds, lines, exposed, batch):
         sides = np.where(times[near] < compound.apex, rise, fall)
         shape = np.exp(-0.5 * ((times[near] - compound.apex) / sides) ** 2)
         profile = compound.top * shape * rng.lognormal(0, 0.1, len(near))
-        carbons = compound.mz / 20
-        for isotope, share in enumerate((1, 0.011 * carbons, (0.011 * carbons) ** 2 / 2)):
+        carbon_13 = 0.011 * (compound.mz / 20)  # atoms a molecule
+        for isotope, share in enumerate((1, carbon_13, carbon_13**2 / 2)):
             peaks.append((near, compound.mz + 1.00336 * isotope, profile * share))
     # Solvent and plasticiser ions in every scan: the horizontal lines of the article's Figure 2.
     for line, level in lines:
@@ -374,9 +368,8 @@ def simulate_run(rng, compounds, lines, exposed, batch):
 
     scan, mz, height = np.concatenate([np.broadcast_arrays(*part) for part in peaks], axis=1)
     mz = mz * (1 + 1e-6 * (ppm + rng.normal(0, 2, len(mz))))
-    kept = height > 1e3  # the detector sees four decades
-    scan, mz, height = scan[kept], mz[kept], height[kept]
     order = np.lexsort((mz, scan))
+    order = order[height[order] > 1e3]  # the detector sees four decades
     starts = np.searchsorted(scan[order], np.arange(1, n))
     return list(zip(times, np.split(mz[order], starts), np.split(height[order], starts), strict=True))
 
@@ -403,15 +396,15 @@ def demo_cohort(seed, **sizes):
     """Compounds, [(m/z, intensity)] of lines, and the drift (DEMO_BATCHES, 6) of batches: what all runs share."""
     rng = np.random.default_rng([seed, 0])
     compounds = demo_compounds(rng, **sizes)
-    lines = list(zip(rng.uniform(*DEMO_MZ, 15), rng.lognormal(np.log(2e4), 0.8, 15), strict=True))
+    lines = np.transpose([rng.uniform(*DEMO_MZ, 15), rng.lognormal(np.log(2e4), 0.8, 15)])
     return compounds, lines, rng.normal(0, 15, (DEMO_BATCHES, 6))
 
 
-def write_demo_run(path, seed, index, exposed):
+def write_demo_run(path, seed, index):
     """One run of the demo cohort; cohort and run have their own random numbers, so any worker writes the same file."""
     compounds, lines, batches = demo_cohort(seed)
     run = np.random.default_rng([seed, 1, index])
-    write_mzml(path, simulate_run(run, compounds, lines, exposed, batches[batch_of(index)]))
+    write_mzml(path, simulate_run(run, compounds, lines, index % 2 == 1, batches[batch_of(index)]))
 
 
 def batch_of(index):
@@ -426,37 +419,26 @@ def write_demo(args):
         raise InputError(f"{args.out_dir} holds another data set: use another folder")
     print(f"the demo cohort: {args.runs} synthetic runs in {raw_dir}, their compounds in {args.out_dir}/features.csv")
     raw_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in raw_dir.glob(".*.tmp.mzML"):  # of a command that was killed
-        leftover.unlink()
-    samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers], "cohort": str(args.seed)})
+    samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers]})
+    samples["cohort"] = str(args.seed)
     samples["phenotype"] = [DEMO_PHENOTYPES[i % 2] for i in numbers]
     samples["batch"] = [f"{batch_of(i) + 1}" for i in numbers]
     if Path(args.samples).exists() and not read_table(args.samples).equals(samples):
         raise InputError(f"{raw_dir} holds another cohort: use another folder or delete this one")
     write_table(args.samples, samples)
     paths = [raw_dir / f"{name}.mzML" for name in samples["sample_name"]]
-    tasks = {i: (paths[i], args.seed, i, i % 2 == 1) for i in numbers if not paths[i].exists()}
+    tasks = {i: (paths[i], args.seed, i) for i in numbers if not paths[i].exists()}
     for _, result in for_each(write_demo_run, tasks, args.workers, "writing mzML"):
         if isinstance(result, Exception):
             raise result
 
-    compounds, _, _ = demo_cohort(args.seed)
-    compounds = compounds.sort_values("rt").round({"rt": 3, "mz": 5})
-    kind = np.where(compounds["planted"], "planted", "background")
-    known = compounds.index % 3 == 0
-    columns = {
-        "Alignment ID": compounds.index,
-        "Average Rt(min)": compounds["rt"],
-        "Average Mz": compounds["mz"],
-        "Metabolite name": [f"{k} {i:03d}" for i, k in zip(compounds.index, kind, strict=True)],
-        "Ontology": kind,
-        "Fold change": compounds["fold"].round(2),
-        "MS/MS matched": known,
-        "Annotation tag (VS1.0)": np.where(known, 430, 530),
-    }
-    titles = "Class", "File type", "Injection order", "Batch ID"
-    above = "".join(f"{',' * (len(columns) - 1)}{title}\n" for title in titles)
-    write_text(Path(args.out_dir) / "features.csv", above + pd.DataFrame(columns).to_csv(index=False))
+    features = demo_cohort(args.seed)[0].sort_values("rt").round({"rt": 3, "mz": 5, "fold": 2})
+    features["kind"] = np.where(features["planted"], "planted", "background")
+    features["name"] = features["kind"] + features.index.map(" {:03d}".format)
+    features["matched"] = features.index % 3 == 0
+    features["tag"] = np.where(features["matched"], 430, 530)
+    columns = features[["rt", "mz", "name", "kind", "fold", "matched", "tag"]].to_csv(header=False)
+    write_text(Path(args.out_dir) / "features.csv", DEMO_FEATURES + columns)
 
 
 # ---------------------------------------------------------------- command line
@@ -480,13 +462,12 @@ def parse_arguments(argv=None):
     shift = "largest shift, one number for both axes, or time and m/z (instruments drift in time: 5 0)"
     add("--max-shift", type=number(int, 0), nargs="+", default=[5], metavar="PIXELS", help=shift)
     add = parser.add_argument_group("split, for tables without a split column").add_argument
-    add("--test", type=float, default=0.1, help="share of all runs for the test split")
-    add("--val", type=float, default=0.2, help="share of the other runs for validation")
+    add("--test", type=number(float, 0, high=1), default=0.1, help="share of all runs for the test split")
+    add("--val", type=number(float, 0, high=1), default=0.2, help="share of the other runs for validation")
     add("--group-by", metavar="COLUMN", help="rows that share this column's value stay in one split")
     add("--seed", type=number(int, 0), default=2643, help="of splits, shifts and the demo cohort")
     add = parser.add_argument_group("demo and machine").add_argument
-    demo = f"make a synthetic cohort there, with {DEMO_DEFAULTS}"
-    add("--demo", nargs="?", const="demo", metavar="OUT_DIR", help=demo)
+    add("--demo", nargs="?", const="demo", metavar="OUT_DIR", help=f"a synthetic cohort, with {DEMO_DEFAULTS}")
     add("--runs", type=number(int, 8), default=600, help="size of the demo cohort")
     add("--workers", type=number(int, 1), default=os.cpu_count(), help="processes, each with one file at a time")
     args = parser.parse_args(argv)
@@ -495,18 +476,14 @@ def parse_arguments(argv=None):
         args = parser.parse_args(argv)
         args.raw_dir, args.samples, args.out_dir = f"{args.demo}/raw", f"{args.demo}/raw/samples.csv", args.demo
 
-    for name in ("bins", "max_shift"):
-        values = getattr(args, name)
-        if len(values) > 2:
-            parser.error(f"--{name.replace('_', '-')} takes one or two numbers")
-        setattr(args, name, values * 2 if len(values) == 1 else values)
+    if max(len(args.bins), len(args.max_shift)) > 2:
+        parser.error("--bins and --max-shift take one or two numbers")
+    args.bins, args.max_shift = (args.bins * 2)[:2], (args.max_shift * 2)[:2]  # one number: of both axes
     if args.out_dir is None:
         parser.error("needs RAW_DIR, SAMPLES.csv and OUT_DIR (or --demo)")
     for low, high in filter(None, (args.rt_range, args.mz_range)):
         if not low < high:
             parser.error(f"a range needs MIN below MAX, not {low:g} {high:g}")
-    if not (0 < args.test < 1 and 0 < args.val < 1):
-        parser.error("--test and --val are shares between 0 and 1")
     n_shifts = math.prod(2 * most + 1 for most in args.max_shift) - 1
     if args.augment > n_shifts or any(most >= bins for most, bins in zip(args.max_shift, args.bins, strict=True)):
         parser.error(f"--max-shift {args.max_shift} does not allow {args.augment} different copies of {args.bins} bins")

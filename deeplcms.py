@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,9 +22,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from scipy.special import softmax
 
 SPLITS = ("train", "val", "test")
-RUN_SUFFIXES = tuple(kind + packing for kind in (".mzml", ".mzxml") for packing in ("", ".gz", ".bz2"))
+RUN = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
 
 
 # ---------------------------------------------------------------- one run -> one picture
@@ -49,12 +51,9 @@ class Recipe:
     @classmethod
     def from_text(cls, text):
         """The recipe in the text chunks of a PNG or in a checkpoint; KeyError where a setting is missing."""
-        special = {tuple: lambda t: tuple(map(int, t.split())), bool: lambda t: t == "True"}
-        values = {}
-        for field in fields(cls):
-            read = special.get(field.type, field.type)  # else float or str
-            values[field.name] = read(text[field.name])
-        return cls(**values)
+        read = {tuple: lambda t: tuple(map(int, t.split())), bool: lambda t: t == "True"}
+        read |= {int: int, float: float, str: str}
+        return cls(**{field.name: read[field.type](text[field.name]) for field in fields(cls)})
 
     def to_fraction(self, rt, mz):
         """Minutes and m/z -> fraction of the picture from the left and from the top: it survives every resize."""
@@ -65,10 +64,6 @@ class Recipe:
         """Fraction of the picture from the left and from the top -> minutes and m/z."""
         rt = self.rt_min + np.asarray(x) * (self.rt_max - self.rt_min)
         return rt, self.mz_min + (1 - np.asarray(y)) * (self.mz_max - self.mz_min)
-
-    def extent(self):
-        """The axes as matplotlib's imshow takes them."""
-        return self.rt_min, self.rt_max, self.mz_min, self.mz_max
 
     def zero_colour(self):
         """RGB (3,) uint8 of zero intensity, dark blue in jet: what "nothing measured" looks like."""
@@ -95,17 +90,16 @@ def histogram_of_run(path, recipe):
     mz_edges = np.linspace(recipe.mz_min, recipe.mz_max, recipe.bins[1] + 1)
     counts = np.zeros(recipe.bins)  # (n_rt, n_mz)
     n_scans, n_peaks, total = 0, 0, 0.0
-    rts, lows, highs = [], [], []
+    rts, mzs = [], []
     start_time, scans = read_run(path, recipe.min_intensity)
     for rt, mz, intensity in scans:
         n_scans += 1
         if len(mz) == 0:
             continue
         n_peaks += len(mz)
-        total += float(intensity.sum(dtype=np.float64))
+        total += intensity.sum(dtype=np.float64)
         rts.append(rt)
-        lows.append(mz[0])
-        highs.append(mz[-1])
+        mzs += [mz[0], mz[-1]]
         column = np.searchsorted(rt_edges, rt, side="right") - 1
         column -= rt == rt_edges[-1]  # the last bin includes its right edge
         if 0 <= column < len(counts):
@@ -115,12 +109,10 @@ def histogram_of_run(path, recipe):
             sums[cuts[:-1] == cuts[1:]] = 0  # reduceat gives an empty slice its first element
             counts[column] += sums
     if n_peaks == 0:
-        threshold = f" of intensity {recipe.min_intensity:g} or more" if recipe.min_intensity else ""
-        raise InputError(f"{path.name}: holds no MS1 peaks{threshold}")
+        raise InputError(f"{path.name}: holds no MS1 peaks of intensity {recipe.min_intensity:g} or more")
     statistics = {"n_scans": n_scans, "n_peaks": n_peaks, "total_intensity": total}
-    statistics |= {"rt_first": float(min(rts)), "rt_last": float(max(rts))}
-    statistics |= {"mz_low": float(min(lows)), "mz_high": float(max(highs))}
-    statistics["outside"] = max(0.0, 1 - float(counts.sum()) / total) if total > 0 else 0.0
+    statistics |= {"rt_first": min(rts), "rt_last": max(rts), "mz_low": min(mzs), "mz_high": max(mzs)}
+    statistics["outside"] = max(0.0, 1 - counts.sum() / (total or 1))
     if start_time:
         statistics["start_time"] = start_time
     return counts, statistics
@@ -157,28 +149,21 @@ def profiles_of(picture, recipe):
 
 
 def shift_of(profile, usual):
-    """By how many bins a profile (n,) lies later than the usual one: the lag of highest correlation.
-
-    Lags up to a tenth of the axis are tried; of equal ones the smallest is taken.
-    """
+    """By how many bins, a tenth of all at most, a profile (n,) lies later than the usual one: highest correlation."""
     n, most = len(profile), len(profile) // 10
-
-    def likeness(lag):
+    likeness = {}
+    for lag in sorted(range(-most, most + 1), key=abs):  # of equal ones the smallest wins
         a, b = profile[max(0, lag) : n + min(0, lag)], usual[max(0, -lag) : n + min(0, -lag)]
         a, b = a - a.mean(), b - b.mean()
-        return round(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12), 6)
-
-    return max(sorted(range(-most, most + 1), key=abs), key=likeness)
+        likeness[lag] = round(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12), 6)
+    return max(likeness, key=likeness.get)
 
 
 def shifts_of(profiles, usual, recipe):
     """{"rt_shift": minutes, "mz_shift": m/z} by which the profiles of a picture lie beyond the usual ones."""
-    rt, mz = (shift_of(*pair) for pair in zip(profiles, usual, strict=True))
-    rt_min, rt_max, mz_min, mz_max = recipe.extent()
-    return {
-        "rt_shift": rt * (rt_max - rt_min) / recipe.bins[0],
-        "mz_shift": mz * (mz_max - mz_min) / recipe.bins[1],
-    }
+    rt_shift = shift_of(profiles[0], usual[0]) * (recipe.rt_max - recipe.rt_min) / recipe.bins[0]
+    mz_shift = shift_of(profiles[1], usual[1]) * (recipe.mz_max - recipe.mz_min) / recipe.bins[1]
+    return {"rt_shift": rt_shift, "mz_shift": mz_shift}
 
 
 def slow_waves(at):
@@ -194,8 +179,7 @@ def read_run(path, min_intensity=0.0):
     """When a run was started, "YYYY-MM-DD hh:mm:ss" or "", and an iterator over its MS1 scans, weaker peaks left out.
 
     A scan is (retention time in minutes, m/z ascending, intensity). pyopenms tells mzML from mzXML, unpacks .gz and
-    .bz2 and knows the time's unit. To read another instrument's format, ion mobility or MS2, change this function
-    alone. Raises InputError if the file cannot be parsed.
+    .bz2 and knows the time's unit. For another instrument's format, ion mobility or MS2, change this function alone.
     """
     import pyopenms  # not at the top: --help need not wait for it
 
@@ -210,63 +194,53 @@ def read_run(path, min_intensity=0.0):
         handler.loadExperiment(str(path), experiment)
     except RuntimeError:  # its message names a line of C++
         raise InputError(f"{path.name}: cannot be parsed as mzML or mzXML; is it damaged or cut off?") from None
+
+    def scans():
+        for spectrum in experiment:
+            if not spectrum.isSorted():
+                spectrum.sortByPosition()
+            mz, intensity = spectrum.get_peaks()
+            strong = intensity >= min_intensity
+            yield spectrum.getRT() / 60, mz[strong], intensity[strong]
+
     started = experiment.getDateTime()
-    scans = (scan_of(spectrum, min_intensity) for spectrum in experiment)
-    return started.get() if started.isValid() else "", scans
-
-
-def scan_of(spectrum, min_intensity):
-    if not spectrum.isSorted():
-        spectrum.sortByPosition()
-    mz, intensity = spectrum.get_peaks()
-    strong = intensity >= min_intensity
-    return spectrum.getRT() / 60, mz[strong], intensity[strong]
+    return started.get() if started.isValid() else "", scans()
 
 
 # ---------------------------------------------------------------- raw runs and pictures of a data set
 def find_runs(folder):
     """{sample name: path} of the mzML and mzXML files in a folder, packed or not."""
-    folder, runs = Path(folder), {}
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of raw runs")
-    for path in sorted(folder.iterdir()):
-        suffix = next((suffix for suffix in RUN_SUFFIXES if path.name.lower().endswith(suffix)), None)
-        if suffix and not path.name.startswith("."):
-            name = path.name[: -len(suffix)]
-            if name in runs:
-                raise InputError(f"{folder}: {runs[name].name} and {path.name} are both sample '{name}': keep one")
-            runs[name] = path
-    if not runs:
-        raise InputError(f"{folder}: no .mzML or .mzXML file (packed as .gz or .bz2 or not) in this folder")
+    runs = {}
+    for path in filter(is_run, sorted(Path(folder).iterdir())):
+        name = RUN.fullmatch(path.name)[1]
+        if name in runs:
+            raise InputError(f"{folder}: {runs[name].name} and {path.name} are both sample '{name}': keep one")
+        runs[name] = path
     return runs
 
 
 def is_run(path):
-    return path.name.lower().endswith(RUN_SUFFIXES)
+    return RUN.fullmatch(path.name) is not None
 
 
 def files_of(paths):
     """[Path] of files, and of the runs in those that are folders."""
     files = []
     for path in map(Path, paths):
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        files += [file for file in inside if is_run(file)] or [path]
+        files += sorted(filter(is_run, path.glob("*"))) or [path]
     return files
 
 
 def find_pictures(data_dir, splits=SPLITS):
     """Table of the pictures of a data set, a row each, and the Recipe that all of them share.
 
-    Columns: path, split, phenotype, sample_name, copy (is it a shifted one?), and those of the data set's samples.csv,
-    `group` among them. Raises InputError where a split is missing or recipes differ.
+    Columns: path, split, phenotype, sample_name, copy (a shifted one?), and those of samples.csv, group among them.
     """
     data_dir, rows, expected = Path(data_dir), [], None
-    if not data_dir.is_dir():
-        raise InputError(f"{data_dir}: no such data set; make one with convert.py, or say with --data where it is")
     if not (data_dir / "samples.csv").is_file():
-        raise InputError(f"{data_dir}: has no samples.csv; run its convert.py command (again) to the end")
+        raise InputError(f"{data_dir}: no such data set (--data), or an unfinished one: run convert.py to its end")
     for split in splits:
-        paths = sorted(path for path in data_dir.glob(f"{split}/*/*.png") if not path.name.startswith("."))
+        paths = sorted(data_dir.glob(f"{split}/*/[!.]*.png"))
         if not paths:
             raise InputError(f"{data_dir}: no pictures in {split}/<phenotype>/*.png")
         for path in paths:
@@ -298,10 +272,8 @@ def read_text(path):
     try:
         with Image.open(path) as image:
             return image.text, Recipe.from_text(image.text)
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: not a readable PNG ({error}); delete it and run convert.py again") from None
-    except (AttributeError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: no {error} in its text chunks; was it made by this convert.py?") from None
+    except (OSError, SyntaxError, AttributeError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a whole picture of this convert.py ({error}); make it again") from None
 
 
 def read_picture(path):
@@ -321,13 +293,14 @@ def probabilities_of(logits):
     logits = np.asarray(logits, float)
     if logits.shape[1] == 1:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return odds / odds.sum(axis=1, keepdims=True)
+    return softmax(logits, axis=1)
 
 
 def called_class(probabilities, threshold=0.5):
     """Class (N,) of probabilities (N, K): of two, class 1 from `threshold` on; of more, the most probable."""
-    return (probabilities[:, 1] >= threshold).astype(int) if probabilities.shape[1] == 2 else probabilities.argmax(1)
+    if probabilities.shape[1] == 2:
+        return (probabilities[:, 1] >= threshold).astype(int)
+    return probabilities.argmax(axis=1)
 
 
 def confusion_of(labels, called, n_classes):
@@ -346,13 +319,12 @@ def metrics_of(labels, logits, threshold=0.5):
     probabilities = probabilities_of(logits)
     n_classes = probabilities.shape[1]
     confusion = confusion_of(labels, called_class(probabilities, threshold), n_classes)
-    hits = np.diag(confusion)
+    hits, actual, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     with np.errstate(invalid="ignore"):
-        recall = hits / confusion.sum(1)
-        precision = hits / confusion.sum(0)
-        f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1))
-        others = len(labels) - confusion.sum(1)
-        specificity = 1 - (confusion.sum(0) - hits) / others
+        recall = hits / actual
+        precision = hits / called
+        f1 = 2 * hits / (actual + called)
+        specificity = 1 - (called - hits) / (len(labels) - actual)
     auc = np.array([roc_auc(labels == k, probabilities[:, k]) for k in range(n_classes)])
     squared_error = ((probabilities - np.eye(n_classes)[labels]) ** 2).sum(1).mean()
     shown = [1] if n_classes == 2 else range(n_classes)
@@ -371,9 +343,7 @@ def metrics_of(labels, logits, threshold=0.5):
 def roc_auc(positive, score):
     """Chance that a positive scores above a negative, ties counting half (Mann-Whitney); nan with one class only."""
     rank, n, m = pd.Series(score).rank().to_numpy(), positive.sum(), (~positive).sum()
-    if n == 0 or m == 0:
-        return np.nan
-    return (rank[positive].sum() - n * (n + 1) / 2) / (n * m)
+    return (rank[positive].sum() - n * (n + 1) / 2) / (n * m or np.nan)
 
 
 # ---------------------------------------------------------------- files, figures, command lines
@@ -489,7 +459,8 @@ def figure(path, title, size, **subplots):
 
 def show(axis, map_, recipe, **options):
     """A map or picture on its axes in minutes and m/z."""
-    return axis.imshow(map_, extent=recipe.extent(), aspect="auto", **options)
+    extent = recipe.rt_min, recipe.rt_max, recipe.mz_min, recipe.mz_max
+    return axis.imshow(map_, extent=extent, aspect="auto", **options)
 
 
 def label_axes(axes):

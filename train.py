@@ -18,7 +18,6 @@ of batch norms, which each process takes of its own share.
 
 import argparse
 import collections
-import copy
 import difflib
 import functools
 import itertools
@@ -28,8 +27,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import warnings
 import zlib
 from importlib.metadata import version
@@ -43,12 +40,14 @@ import timm
 import torch
 import torch.distributed as dist
 from optuna.visualization.matplotlib import plot_optimization_history
+from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from convert import STATISTICS
@@ -101,13 +100,13 @@ RECENT = 256  # pictures that the standardisation of a network in training is fi
 DRAW_SEED = 2643  # of stored draws, so that repeats, folds and trials share them
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 def say(text):
     if RANK == 0:
-        tqdm.write(text)
-        sys.stdout.flush()  # into a log file too, line by line
+        print(text, flush=True)  # into a log file too, line by line
 
 
 def progress(batches, title):
@@ -131,7 +130,7 @@ def training_transform(model, recipe, args):
     steps = [
         v2.Lambda(functools.partial(intensity_of, colormap=recipe.colormap)),
         v2.ToImage(),  # (1, H, W)
-        InstrumentDrift(args.warp / 100, args.gain),
+        v2.Lambda(functools.partial(drifted, warp=args.warp / 100, gain=args.gain)),
         v2.RandomRotation(args.rotate, v2.InterpolationMode.BILINEAR),
         v2.RandomErasing(args.erase, scale=(args.erase_size / 16, args.erase_size)),
         v2.Lambda(functools.partial(coloured, colormap=recipe.colormap)),
@@ -146,25 +145,19 @@ def coloured(x, colormap):
     return colours(x[0].numpy(), colormap)
 
 
-class InstrumentDrift(nn.Module):
+def drifted(x, warp, gain):
     """Log intensity (1, H, W) of the same sample on another day: retention and sensitivity have drifted, smoothly.
 
     warp: standard deviation of retention, a fraction of its axis; gain: of the logarithm of intensity along m/z. Mass
     does not drift: a thousandth of a unit is nothing at these bins.
     """
-
-    def __init__(self, warp, gain):
-        super().__init__()
-        self.warp, self.gain = warp, gain
-
-    def forward(self, x):
-        waves = [torch.from_numpy(slow_waves(np.linspace(0, 1, n))).float() for n in x.shape[1:]]
-        along_mz, along_rt = (torch.randn(6) @ wave for wave in waves)
-        grid = F.affine_grid(torch.eye(2, 3)[None], (1, *x.shape), align_corners=False)
-        grid[..., 0] += 2 * self.warp * along_rt  # the axes of a grid go from -1 to 1
-        x = F.grid_sample(x[None], grid, padding_mode="border", align_corners=False)[0]
-        intensity = (256**x - 1) * torch.exp(self.gain * along_mz)[:, None]
-        return (torch.log1p(intensity) / math.log(256)).clamp(max=1)
+    waves = [torch.from_numpy(slow_waves(np.linspace(0, 1, n))).float() for n in x.shape[1:]]
+    along_mz, along_rt = (torch.randn(6) @ wave for wave in waves)
+    grid = F.affine_grid(torch.eye(2, 3)[None], (1, *x.shape), align_corners=False)
+    grid[..., 0] += 2 * warp * along_rt  # the axes of a grid go from -1 to 1
+    x = F.grid_sample(x[None], grid, padding_mode="border", align_corners=False)[0]
+    intensity = (256**x - 1) * torch.exp(gain * along_mz)[:, None]
+    return (torch.log1p(intensity) / math.log(256)).clamp(max=1)
 
 
 class Pictures(Dataset):
@@ -202,7 +195,7 @@ class StoredFeatures(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key):
-        i, epoch = key if isinstance(key, tuple) else (key, 0)
+        i, epoch = key
         return self.features[epoch % len(self.features), self.rows[i]], self.labels[i]
 
 
@@ -313,17 +306,6 @@ def loss_of(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
-@functools.cache
-def offline_if_unreachable():
-    """One quick question to the Hub of pretrained weights; without an answer only its local cache is used."""
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # it answered
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
 def build_model(args, n_outputs):
     """(model, where its weights come from), frozen or not, as --weights and --finetune ask."""
     build = functools.partial(Classifier, args.backbone, n_outputs, args.grid, args.image_size)
@@ -332,7 +314,10 @@ def build_model(args, n_outputs):
     if args.backbone == "pixels":
         origin = "no network"
     elif args.weights in ("auto", "pretrained"):
-        offline_if_unreachable()
+        try:  # one quick question to the Hub; without an answer only its local cache is used
+            huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:  # of the library that it asks with
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
         try:
             model = build(pretrained=True)
             origin = f"pretrained ({timm.get_pretrained_cfg(args.backbone).hf_hub_id or args.backbone})"
@@ -347,8 +332,6 @@ def build_model(args, n_outputs):
     finetune = args.finetune or ("all" if origin == "random initialisation" else "head")
     if finetune == "head" or args.backbone == "pixels":
         model.freeze()
-    elif args.views not in ("auto", 0):
-        raise InputError("--views stores the features of a frozen backbone; this one is trained: use --finetune head")
     return model.to(DEVICE), origin
 
 
@@ -356,8 +339,7 @@ def load_weights(backbone, path):
     """Load a backbone from a state dict (.pt, .safetensors) or from the best.pt of another run, without its head."""
     try:
         state = timm.models.load_state_dict(path, use_ema=False, weights_only=True)
-        if any(name.startswith("backbone.") for name in state):
-            state = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+        state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
         backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
     except Exception as error:  # of torch, pickle and safetensors; KeyError: no such tensor
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -370,12 +352,6 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of torch, pickle and zipfile
         raise InputError(f"{path}: not a checkpoint that can be read or trusted ({type(error).__name__})") from None
-
-
-def save_checkpoint(path, contents):
-    if RANK == 0:
-        with whole_file(path) as temporary:
-            torch.save(contents, temporary)
 
 
 def find_run(run=None):
@@ -413,39 +389,21 @@ def extract_features(model, pictures, n_draws, args):
     return features.unflatten(0, (n_draws, len(pictures)))
 
 
-def optimizer_of(model, args):
-    """A name of OPTIMIZERS, or "lbfgs": the head is solved. auto: that where it can be, else the article's best."""
-    stored = model.frozen and views_of(model, args) > 0
-    if args.optimizer == "lbfgs" and not stored:
-        raise InputError("--optimizer lbfgs solves a frozen backbone's head: use --finetune head and stored --views")
-    if args.optimizer == "auto":
-        return "lbfgs" if stored else "adamax"
-    return args.optimizer
-
-
-def views_of(model, args):
-    """How many draws of each training picture are stored as features; 0: fresh draws of the picture in every epoch."""
-    if args.views == "auto":
-        return 4 if model.frozen else 0
-    return args.views
-
-
 def make_loaders(model, table, pictures, recipe, args, store):
     """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
     table: the rows of `pictures` in this training. What is stored is kept in `store`, for all trainings that share it.
     Fits the standardisation of a frozen backbone on the training pictures.
     """
-    views = views_of(model, args)
     ways = {
-        "train": (training_transform(model, recipe, args), views),
+        "train": (training_transform(model, recipe, args), args.views),
         "val": (evaluation_transform(model), 1),
     }
     datasets = {}
     for split, (transform, n_draws) in ways.items():
         part = table[table["split"] == split]
         datasets[split] = Pictures(part, transform, args.seed)
-        if views:
+        if args.views:
             pool = pictures if args.folds else part  # folds share the features of all pictures
             pool = pool[~pool["copy"]] if split == "val" else pool
             if split not in store:
@@ -454,30 +412,32 @@ def make_loaders(model, table, pictures, recipe, args, store):
             datasets[split] = StoredFeatures(store[split], pool.index.get_indexer(part.index), part["label"])
     train = datasets["train"]
     if model.frozen:
-        model.fit_standardize(train.features[0, train.rows] if views else extract_features(model, train, 1, args)[0])
+        first_draw = train.features[0, train.rows] if args.views else extract_features(model, train, 1, args)[0]
+        model.fit_standardize(first_draw)
 
-    workers = 0 if views else args.workers
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": DEVICE.type == "cuda"}
+    workers = 0 if args.views else args.workers
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": CUDA}
     sampler = EpochSampler(train, WORLD, RANK, seed=1000 * args.seed)
     alone = len(sampler) > 1 == len(sampler) % args.batch_size  # a last batch of one has no batch statistics
-    mine = torch.utils.data.Subset(datasets["val"], range(RANK, len(datasets["val"]), WORLD))
+    mine = [(i, 0) for i in range(RANK, len(datasets["val"]), WORLD)]
     return {
         "train": DataLoader(train, args.batch_size, sampler=sampler, drop_last=alone, **options),
-        "val": DataLoader(mine, max(args.batch_size, 32), **options),
+        "val": DataLoader(datasets["val"], max(args.batch_size, 32), sampler=mine, **options),
     }
 
 
 # ---------------------------------------------------------------- the loop
 def autocast(args):
     """Mixed precision: float16 on CUDA (default there), bfloat16 on the CPU with --amp."""
-    return torch.autocast(DEVICE.type, torch.float16 if DEVICE.type == "cuda" else torch.bfloat16, enabled=args.amp)
+    kind = torch.float16 if CUDA else torch.bfloat16
+    return torch.autocast(DEVICE.type, kind, enabled=args.amp)
 
 
 def make_optimizer(model, args, lr):
     """(optimizer of what is trained, scaler of its gradients under float16)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[optimizer_of(model, args)](trained, lr=lr, weight_decay=args.weight_decay)
-    return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=args.amp and DEVICE.type == "cuda")
+    optimizer = OPTIMIZERS[args.optimizer](trained, lr=lr, weight_decay=args.weight_decay)
+    return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=args.amp and CUDA)
 
 
 def distributed(model):
@@ -542,23 +502,26 @@ def trained_weights(model):
     return {n: t.clone() for n, t in state.items() if not (model.frozen and n.startswith("backbone."))}
 
 
-def fit(model, loaders, args, lr, run=None, report=lambda row: None):
+def fit(model, loaders, args, run=None, report=lambda row: None):
     """Train until --epochs, or until --patience epochs have brought no better validation loss: the one loop.
 
     Returns its history, a dict an epoch, and the trained weights of the best one. With a run folder last.pt and
     epochs.csv follow every epoch, and training goes on from a last.pt that is there. report(row) hears of each epoch.
     """
+    last, history, best, lr = None, [], None, args.lr
+    if run and (run / "last.pt").exists():
+        last = load_checkpoint(run / "last.pt")
+        history, best, lr = last["history"], last["best"], last["history"][0]["lr"]
+    elif lr == "auto":
+        lr = find_lr(model, loaders["train"], args, run)
     network = distributed(model)
     optimizer, scaler = make_optimizer(model, args, lr)
     scheduler = SCHEDULERS[args.scheduler](optimizer, args)
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    history, best = [], None
-    if run and (run / "last.pt").exists():
-        last = load_checkpoint(run / "last.pt")
+    if last:
         model.load_state_dict(last["model"], strict=False)
         for name, part in states.items():
             part.load_state_dict(last[name])
-        history, best = last["history"], last["best"]
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         if history and epoch - best_of(history)["epoch"] > args.patience:
@@ -586,19 +549,21 @@ def fit(model, loaders, args, lr, run=None, report=lambda row: None):
             scheduler.step(row["val_loss"])
         else:
             scheduler.step()
-        best = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best, model)
-        if run:
+        best = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best, model, run)
+        if run and RANK == 0:
             contents = {name: part.state_dict() for name, part in states.items()}
             contents |= {"model": trained_weights(model), "best": best, "history": history}
-            save_checkpoint(run / "last.pt", contents)
-            write_table(run / "epochs.csv", pd.DataFrame(history))
+            with whole_file(run / "last.pt") as temporary:
+                torch.save(contents, temporary)
         report(row)
     return history, best
 
 
-def recorded(row, what, history, best, model):
-    """Add a row to the history and say it; returns the best weights so far."""
+def recorded(row, what, history, best, model, run):
+    """Add a row to the history and to epochs.csv, and say it; returns the best weights so far."""
     history.append(row)
+    if run and RANK == 0:
+        write_table(run / "epochs.csv", pd.DataFrame(history))
     improved = best_of(history) is row
     values = "  ".join(f"{name} {row[name]:.3f}" for name in ("train_loss", "val_loss", *shown_metrics(row)))
     say(f"{what}  {values}  {row['seconds']:.1f} s{'  *' * improved}")
@@ -639,10 +604,8 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
         held_out = predict(model, loaders["val"])
         row = {"epoch": len(history) + 1, **scores_of("train", outputs), **scores_of("val", held_out)}
         row |= {"l2": penalty, "seconds": round(time.time() - began, 2)}
-        best = recorded(row, f"L2 penalty {penalty:.0e}", history, best, model)
+        best = recorded(row, f"L2 penalty {penalty:.0e}", history, best, model, run)
         report(row)
-    if run and RANK == 0:
-        write_table(run / "epochs.csv", pd.DataFrame(history))
     return history, best
 
 
@@ -654,11 +617,11 @@ def find_lr(model, loader, args, run=None, n_steps=8):
     progress of the steps before, not of the rate; so here every rate, four a decade, starts from the same weights and
     takes the same batches, and its loss is that of the later half of them. Writes lr_find.csv and .png into `run`.
     """
-    before = copy.deepcopy(model.state_dict())
+    before = trained_weights(model)
     batches = list(itertools.islice(endless(loader), n_steps))
     network, losses = distributed(model), {}
     for rate in progress(np.logspace(-5, 0, 21), "learning-rate range test"):
-        model.load_state_dict(before)
+        model.load_state_dict(before, strict=False)
         model.train()
         optimizer, scaler = make_optimizer(model, args, rate)
         torch.manual_seed(args.seed)
@@ -666,7 +629,7 @@ def find_lr(model, loader, args, run=None, n_steps=8):
         losses[rate] = loss_of(*collect(outputs[n_steps // 2 :])).item()
         if not losses[rate] < 2 * min(losses.values()):
             break
-    model.load_state_dict(before)
+    model.load_state_dict(before, strict=False)
     model.zero_grad()
     lr, reason = suggest_lr(losses)
     if run and RANK == 0:
@@ -746,22 +709,26 @@ def table_of(pictures, args):
 
 def chance_loss_of(labels, n_outputs):
     """The lowest loss of logits that are the same for all pictures: of classes, the entropy of their shares."""
-    logits, labels = torch.zeros(1, n_outputs, requires_grad=True), torch.tensor(labels)
-    optimizer = torch.optim.LBFGS([logits], line_search_fn="strong_wolfe")
+    labels = torch.tensor(labels)
 
-    def objective():
-        optimizer.zero_grad()
-        loss = loss_of(logits.expand(len(labels), -1), labels)
-        loss.backward()
-        return loss
+    def loss(logits):
+        return loss_of(torch.tensor(logits).expand(len(labels), n_outputs), labels).item()
 
-    optimizer.step(objective)
-    return objective().item()
+    return float(minimize(loss, np.zeros(n_outputs)).fun)
 
 
 def prepare(args, pictures, classes, recipe, store):
-    """(model, loaders, facts) of one training; facts are what config.json and checkpoints say of the model."""
+    """(model, loaders, facts) of one training; facts are what config.json and checkpoints say of the model.
+
+    Puts into args what auto means for this model: the head is solved where it can be.
+    """
     model, origin = build_model(args, 1 if len(classes) == 2 else len(classes))
+    if args.views == "auto":
+        args.views = 4 if model.frozen else 0
+    if args.optimizer == "auto":
+        args.optimizer = "lbfgs" if args.views else "adamax"
+    if (args.views and not model.frozen) or (args.optimizer == "lbfgs" and not args.views):
+        raise InputError("--views and --optimizer lbfgs are for a frozen backbone: use --finetune head --views auto")
     table = table_of(pictures, args)
     facts = {
         "classes": classes,
@@ -815,21 +782,28 @@ def train_once(args, pictures, classes, recipe, store):
         write_json(run / "config.json", config)
         draw_transformed(run, originals, model, recipe, args)
     history, best_weights = learn(model, loaders, args, run)
+    if RANK > 0:
+        return run
 
     best = best_of(history)
     model.load_state_dict(best_weights, strict=False)
-    contents = {"model": model.state_dict(), "epoch": best["epoch"], "config": config, "recipe": recipe.to_text()}
-    contents["val_loss"] = best["val_loss"]
-    usual, shifts = usual_profiles(tuple(originals["path"]), recipe)
-    contents["profiles"] = list(map(torch.from_numpy, usual))
-    contents["cohort"] = {name: originals[name].astype(float).tolist() for name in STATISTICS} | shifts
-    contents["versions"] = {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     if args.fold is not None:
         write_held_out(run, model, table_of(pictures, args), args.fold)
-    save_checkpoint(run / "best.pt", contents)
-    if RANK == 0:
-        control = ", shuffled labels" * args.shuffle_labels
-        draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
+    usual, shifts = usual_profiles(tuple(originals["path"]), recipe)
+    contents = {
+        "model": model.state_dict(),
+        "epoch": best["epoch"],
+        "val_loss": best["val_loss"],
+        "config": config,
+        "recipe": recipe.to_text(),
+        "profiles": list(map(torch.from_numpy, usual)),
+        "cohort": {name: originals[name].astype(float).tolist() for name in STATISTICS} | shifts,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+    }
+    with whole_file(run / "best.pt") as temporary:
+        torch.save(contents, temporary)
+    control = ", shuffled labels" * args.shuffle_labels
+    draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
     say(f"best validation loss: {best['val_loss']:.3f}, row {best['epoch']} of epochs.csv\nrun folder: {run}")
     if best["val_loss"] >= facts["chance_loss"]:
         say(f"warning: no better than the class shares alone, whose loss is {facts['chance_loss']:.3f}")
@@ -841,11 +815,9 @@ def write_held_out(run, model, table, fold):
     table = table[table["split"] == "held out"].assign(training=str(run).rpartition("-fold")[0], fold=fold)
     outputs = predict(model, DataLoader(Pictures(table, evaluation_transform(model)), 32))
     logits = torch.cat([logits for logits, _ in outputs]).numpy()
+    logits = pd.DataFrame(logits, index=table.index).add_prefix("logit_")
     columns = ["training", "fold", "sample_name", "group", "phenotype", "label"]
-    found = table[columns].reset_index(drop=True)
-    found[[f"logit_{k}" for k in range(logits.shape[1])]] = logits
-    if RANK == 0:
-        write_table(run / "held_out.csv", found)
+    write_table(run / "held_out.csv", table[columns].join(logits))
 
 
 @functools.cache
@@ -859,51 +831,34 @@ def usual_profiles(paths, recipe):
 
 def learn(model, loaders, args, run=None, report=lambda row: None):
     """(history, best weights) of the way that suits the model."""
-    if optimizer_of(model, args) == "lbfgs":
-        return solve_head(model, loaders, args, run, report)
-    lr = args.lr
-    if lr == "auto" and run and (run / "last.pt").exists():
-        lr = float(pd.read_csv(run / "epochs.csv")["lr"][0])
-    elif lr == "auto":
-        lr = find_lr(model, loaders["train"], args, run)
-    return fit(model, loaders, args, lr, run, report)
+    way = solve_head if args.optimizer == "lbfgs" else fit
+    return way(model, loaders, args, run, report)
 
 
 def draw_curves(run, history, title):
     table, best = pd.DataFrame(history), best_of(history)
-    x = "l2" if "l2" in table else "epoch"
+    xlabel = "row of epochs.csv: L2 penalty, from strong to weak" if "l2" in table else "epoch"
     with figure(run / "curves.png", title, (10, 4), ncols=2) as (left, right):
-        for axes, columns in ((left, ["train_loss", "val_loss"]), (right, shown_metrics(table))):
-            for name in columns:
-                axes.plot(table[x], table[name], marker=".", label=name)
-            axes.axvline(best[x], color="0.6", linestyle="--", label=f"best ({best[x]:.2g})")
-            if x == "l2":
-                axes.set(xlabel="L2 penalty of the head", xscale="log")
-                axes.invert_xaxis()  # to the right the head is freer, as it is after more epochs
-            else:
-                axes.set_xlabel("epoch")
-                axes.xaxis.get_major_locator().set_params(integer=True)
+        table.plot("epoch", ["train_loss", "val_loss"], ax=left, marker=".", title="Loss", xlabel=xlabel)
+        table.plot("epoch", shown_metrics(table), ax=right, marker=".", title="Validation", xlabel=xlabel)
+        for axes in (left, right):
+            axes.axvline(best["epoch"], color="0.6", linestyle="--", label=f"best ({best['epoch']})")
             axes.legend()
+            axes.xaxis.get_major_locator().set_params(integer=True)
         # One epoch that went astray does not flatten the others.
         top = max(1.5 * table["train_loss"][0], 1.2 * table["val_loss"].median())
-        left.set(title="Loss", ylim=(0, min(top, 1.05 * left.get_ylim()[1])))
-        right.set(title="Validation")
+        left.set_ylim(0, min(top, 1.05 * left.get_ylim()[1]))
 
 
 def draw_transformed(run, originals, model, recipe, args):
     """Article, Figure 4: training pictures as the network sees them in its first epoch."""
-    shown = originals.iloc[:: max(1, len(originals) // 9)].head(9).assign(label=0)
-    seed = DRAW_SEED if views_of(model, args) else args.seed
-    seen = Pictures(shown, training_transform(model, recipe, args), seed)
-    with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.6)) as axes:
-        axes.axis("off")  # one for all pictures: nine would take a second, and this is drawn for every fold
-        for k, row in enumerate(shown.itertuples()):
-            x, _ = seen[k, 1]
-            image = x.permute(1, 2, 0).numpy() * np.array(model.std) + np.array(model.mean)
-            left, top = 1.05 * (k % 3), 1.1 * (k // 3)
-            axes.imshow(image.clip(0, 1), extent=(left, left + 1, top + 1, top))
-            axes.text(left + 0.5, top - 0.02, f"{row.sample_name[:24]} ({row.phenotype})", ha="center", fontsize=9)
-        axes.set(xlim=(0, 3.1), ylim=(3.2, 0))
+    shown = originals.iloc[:: max(1, len(originals) // 9)].head(9)
+    seen = Pictures(shown, training_transform(model, recipe, args), DRAW_SEED if args.views else args.seed)
+    grid = make_grid([seen[k, 1][0] for k in range(len(seen))], nrow=3, padding=4, pad_value=math.inf)
+    image = grid.permute(1, 2, 0).numpy() * model.std + model.mean
+    with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.3)) as axes:
+        axes.imshow(image.clip(0, 1))  # what lies between them becomes white
+        axes.axis("off")
 
 
 # ---------------------------------------------------------------- tuning
@@ -950,8 +905,8 @@ def tune(args, pictures, classes, recipe, store):
     question = {k: value for k, value in settings_of(args, pictures, recipe).items() if k not in SEARCH} | SEARCH
     study = open_study(args, folder, f"{args.backbone}-{zlib.crc32(json.dumps(question).encode()):08x}")
     done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    if len(study.get_trials(states=done)) < args.tune:
-        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(args.tune, states=done)])
+    while len(study.get_trials(states=done)) < args.tune:
+        study.optimize(objective, n_trials=1)
     if not study.get_trials(states=done[:1]):
         raise InputError("--tune: no trial came to its end; try a lower --lr")
     write_table(folder / "trials.csv", study.trials_dataframe())
@@ -1014,7 +969,7 @@ def make_parser():
     add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=optimizer)
     add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's best is cosine")
     add("--weight-decay", type=number(float, 0), default=2e-5, help="L2 penalty (adamw: decoupled)")
-    add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
+    add("--amp", action=argparse.BooleanOptionalAction, default=CUDA, help="mixed precision, the default on CUDA")
     add = parser.add_argument_group("augmentation of training pictures").add_argument
     presets = "defaults of the flags below; article: rotation, jitter and full erasing"
     add("--augmentation", choices=list(AUGMENTATION), default="physical", help=presets)
@@ -1035,7 +990,7 @@ def make_parser():
     add = parser.add_argument_group("machine and output").add_argument
     add("--seed", type=number(int, 0), default=2643, help="of initial weights, order and draws")
     # With a GPU all cores can load; on a CPU the network needs most of them.
-    workers = os.cpu_count() if torch.cuda.is_available() else max(1, os.cpu_count() // 4)
+    workers = os.cpu_count() if CUDA else max(1, os.cpu_count() // 4)
     add("--workers", type=number(int, 0), default=workers, help="processes that load pictures")
     add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
     add("--name", help="in place of the data set's name")
@@ -1056,7 +1011,6 @@ def parse_arguments(argv=None):
         parser.error("--folds takes at least 3: one is held out, one chooses the epoch, the others train")
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():
         parser.error(f"--weights {args.weights}: no such file (nor auto, pretrained or random)")
-    args.amp = torch.cuda.is_available() if args.amp is None else args.amp
     return args
 
 
@@ -1089,8 +1043,8 @@ def make_demo(args):
 def main():
     args = parse_arguments()
     if WORLD > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
+        dist.init_process_group("nccl" if CUDA else "gloo")
+        if CUDA:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     trainings = trainings_of(args)
     if "demo" in args:

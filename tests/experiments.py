@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 from scipy.stats import false_discovery_control, ttest_ind
 
@@ -258,6 +259,48 @@ def bins():
                 print(f"| {source} | {n} | {' | '.join(cells)} |", flush=True)
 
 
+# ---------------------------------------------------------------- how often blanking is wrong
+def blanked(run, data):
+    """{column: text} of a run: which share of background and of planted features passes, now and by the old rule?"""
+    model, checkpoint = train.load_run(run)
+    recipe = checkpoint["recipe"]
+    table, pictures = explain.read_split(checkpoint, data, "all")
+    pictures = [pictures[i] for i in deeplcms.in_turn(table, explain.BLANKED, 2643).index]
+    mean = np.mean([deeplcms.intensity_of(picture, recipe.colormap) for picture in pictures], axis=0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        features = explain.read_features(data / "features.csv", recipe)
+    scores = explain.Scores(timm.utils.reparameterize_model(model), recipe).eval()
+    u = torch.stack([train.evaluation_transform(model)(picture) for picture in pictures]) - scores.zero
+    half_box = explain.half_box_of(recipe, 0.3)
+    now = explain.blanking(scores, u, 1, features, mean, recipe, half_box, 2643)["drop_p"].to_numpy()
+    places, planted = features[["rt", "mz"]].to_numpy(), np.array(features["ontology"] == "planted")
+    drops = explain.drops_of(scores, u, 1, places, recipe, half_box)
+    before = drops.mean(1) > 2 * drops.std(1, ddof=1) / len(u) ** 0.5
+
+    beside = np.array([(abs(places[planted] - place) <= half_box).all(1).any() for place in places])  # or itself
+    row = {}
+    for name, chosen in {"background": ~planted, "with none planted in its box": ~beside, "planted": planted}.items():
+        row[f"{name}: p < 0.05"] = f"{(now[chosen] < 0.05).mean():.3f}"
+        row[f"{name}: p < 0.023"] = f"{(now[chosen] < 0.023).mean():.3f}"
+        row[f"{name}: two standard errors"] = f"{before[chosen].mean():.3f}"
+    passing = ~planted & (now < 0.05)
+    row["background of p < 0.05 with a planted one in its box"] = f"{(passing & beside).sum()} of {passing.sum()}"
+    return row
+
+
+def blanking():
+    header = None
+    for model in ("pixels", "whole"):
+        for seed in SEEDS:
+            data = f"cohort{seed}"
+            run = run_of(data, f"{model}-physical", [*MODELS[model], *AUGMENTATIONS["physical"]])
+            row = blanked(run, Path(data))
+            if header is None:
+                header = f"| Cohort | Of | {' | '.join(row)} |"
+                print(header + "\n| --- | --- " + "| --- " * len(row) + "|")
+            print(f"| {data} | {model} | {' | '.join(row.values())} |", flush=True)
+
+
 # ---------------------------------------------------------------- what the classifier should not have learned
 
 
@@ -347,7 +390,7 @@ def shuffled_folds():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = cohorts, augmentation, rates, votes, shuffled, ranking, bins, confounded, drift, shuffled_folds
+    tables = cohorts, augmentation, rates, votes, shuffled, ranking, bins, blanking, confounded, drift, shuffled_folds
     tables = {function.__name__: function for function in tables}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")

@@ -10,11 +10,11 @@ import timm
 import torch
 from conftest import PEAK, TINY, run
 from PIL import Image, PngImagePlugin
-from scipy.stats import pearsonr
+from scipy.stats import pearsonr, ttest_ind
 from torch import nn
 
 import explain
-from deeplcms import InputError, Recipe, colours
+from deeplcms import InputError, Recipe, colours, show
 from train import Classifier, to_channels_first
 
 RECIPE = Recipe(1.0, 11.0, 100.0, 900.0, bins=(64, 64), normalize="global", sigma=1.0)
@@ -22,7 +22,7 @@ MSDIAL = [
     "Alignment ID,Average Rt(min),Average Mz,Metabolite name,Ontology,Annotation tag (VS1.0),MS/MS matched",
     '0,4.370,462.17500,"Morphine-3-glucuronide, M3G",Morphinans,430,True',
     "1,8.500,300.00000,Unknown,,530,False",
-    "2,2.500,700.00000,Somewhere else,Lipids,530,False",
+    "2,2.500,700.00000,Somewhere__else,Lipids,530,False",
     "3,20.000,300.00000,After the run,Lipids,430,False",
 ]
 
@@ -47,7 +47,9 @@ def test_resizing_keeps_every_position_to_half_a_pixel():
 def test_the_planted_peak_leads_regions_and_ranking(two, network, name, capsys):
     folder = two[1] if name == "pixels" else network
     assert run("explain.py", folder, cwd=two[0].parent) == (0, "")
-    assert "3 inside the axes, 1 outside" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 inside the axes, 1 outside" in said and "faithful than chance" in said
+    assert said.startswith(name) and ("no network" if name == "pixels" else "random initialisation") in said
     out = folder / "explain"
     boxes = pd.read_csv(out / "regions.csv")
     assert boxes["evidence"].is_monotonic_decreasing
@@ -56,7 +58,8 @@ def test_the_planted_peak_leads_regions_and_ranking(two, network, name, capsys):
     assert first.rt_max - first.rt_min < 3 and first.mz_max - first.mz_min < 240  # under a third of each axis
     features = pd.read_csv(out / "features.csv")
     assert list(features["rank"]) == [1, 2, 3] and features["name"][0] == "Morphine-3-glucuronide, M3G"
-    assert features["drop"][0] > 2 * features["drop_se"][0] > 0  # blanking its box takes the evidence away
+    assert features["drop"][0] > 0 and features["drop_p"][0] < 0.05  # blanking its box takes the evidence away
+    assert features["t"][0] > 3 and features["t_q"][0] < 0.05 < features["t_q"][2] and not features["in_box"].any()
     assert features["direction"][0] == "up" and features["q"][0] < 0.05 < features["q"][2]
     assert {"heat_user", "heat_non-user", "ontology"} <= set(features)
     targets = pd.read_csv(out / "inclusion.csv")
@@ -130,6 +133,81 @@ def test_chance_agrees_with_the_textbook_where_that_applies():
     assert np.allclose(values, pearsonr(intensities, p[:, None]).pvalue, atol=0.02)
 
 
+def test_blanking_passes_what_is_used_and_of_the_rest_no_more_than_chance():
+    """A linear network looks at one place more than elsewhere; brighter places move its score more."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(64, 64))
+    weights[20:24, 28:36] += 4
+    bright = np.kron(rng.uniform(0.1, 1, (8, 8)), np.ones((8, 8)))  # in steps
+    intensities = bright * rng.uniform(0.9, 1.1, (12, 64, 64))
+    features = pd.DataFrame({"rt": rng.uniform(1.5, 10.5, 200), "mz": rng.uniform(150, 850, 200)})
+    features.loc[0] = RECIPE.from_fraction(32 / 64, 22 / 64)
+
+    def scores(u):
+        z = (u[:, 0] * torch.from_numpy(weights)).sum((1, 2))
+        return torch.stack([-z, z], 1)
+
+    u = torch.from_numpy(np.repeat(intensities[:, None], 3, 1))
+    answer = [u, 1, features, intensities.mean(0), RECIPE, explain.half_box_of(RECIPE, 0.6), 0]
+    table = explain.blanking(scores, *answer)
+    assert table["drop_p"].idxmin() == 0 and table["drop_p"][0] < 0.01 and table["drop"][0] > 0
+    assert 0.01 < (table["drop_p"][1:] < 0.05).mean() < 0.1
+    drops = explain.drops_of(scores, u, 1, features.to_numpy(), RECIPE, explain.half_box_of(RECIPE, 0.6))
+    assert (abs(drops.mean(1)) > 2 * drops.std(1) / 12**0.5).mean() > 0.5  # two standard errors are no test
+    dark = explain.blanking(lambda u: torch.zeros(len(u), 2), *answer)  # an untrained head
+    assert (dark["drop"] == 0).all() and (dark["drop_p"] == 1).all()
+
+
+def test_t_asks_the_known_phenotypes_and_in_box_counts_the_neighbours():
+    rng = np.random.default_rng(0)
+    intensities = rng.normal(size=(12, 64, 64))
+    intensities[:6, 10, 20] += 3
+    intensities[:, 50, 50] = 0  # nothing is measured there
+    rt, mz = RECIPE.from_fraction((np.array([20, 21, 50]) + 0.5) / 64, (np.array([10, 10, 50]) + 0.5) / 64)
+    table = pd.DataFrame({"rt": rt, "mz": mz, "name": list("abc"), "t": 9.0})
+    of_class = np.array([1.0] * 5 + [np.nan] + [0.0] * 6)
+
+    def ranked(of_class, drift=0.3):
+        half_box = explain.half_box_of(RECIPE, drift)
+        evidence = np.zeros((64, 64))
+        answer = explain.rank_features(table, intensities, None, of_class, evidence, {}, RECIPE, half_box, 0)
+        return answer.set_index("name")
+
+    found = ranked(of_class)
+    expected = ttest_ind(intensities[:5, 10, 20], intensities[6:, 10, 20], equal_var=False)
+    assert found["t"]["a"] == pytest.approx(expected.statistic) and found["t_q"]["a"] < 0.05 < found["t_q"]["b"]
+    assert np.isnan(found["t"]["c"]) and found["t_q"]["c"] == 1
+    assert list(found["in_box"]) == [1, 1, 0] and list(ranked(of_class, drift=0.1)["in_box"]) == [0, 0, 0]
+    for few in (np.full(12, np.nan), np.array([1.0] + [0.0] * 11)):
+        assert ranked(few)[["t", "t_q"]].isna().all(axis=None)
+
+
+def test_faithfulness_says_in_words_whether_a_map_beats_itself_shuffled():
+    scores = explain.Scores(Classifier("pixels", 1, 16, 64).eval(), RECIPE)
+    weights = torch.zeros(3, 16, 16)
+    weights[:, 4, 4] = 5.0
+    scores.model.head.weight.data = weights.flatten()[None]
+    u, maps = torch.rand(6, 3, 64, 64) + 1, np.zeros((6, 64, 64))
+    verdicts = []
+    for there, elsewhere in ((1, 0), (0, 1), (1, 1)):
+        maps[:] = elsewhere
+        maps[:, 12:24, 12:24] = there
+        verdicts.append(explain.faithfulness(scores, u, maps, 1, seed=0)["verdict"])
+    for verdict, word in zip(verdicts, ("more", "less", "no more"), strict=True):
+        assert verdict.endswith(f": the map is {word} faithful than chance")
+    assert explain.faithfulness(scores, u[:1], maps[:1], 1, seed=0)["verdict"].endswith("no more faithful than chance")
+
+
+def test_all_maps_of_a_figure_share_one_scale(tmp_path, monkeypatch):
+    norms = []
+    monkeypatch.setattr(explain, "show", lambda *a, norm=None, **b: [norms.append(norm), show(*a, norm=norm, **b)][1])
+    table = pd.DataFrame({"sample_name": ["a", "b"], "phenotype": "user", "caption": ""})
+    pictures = [colours(np.zeros((64, 64)), RECIPE.colormap)] * 2
+    maps = np.stack([np.full((64, 64), 2.0), np.full((64, 64), 0.02)])
+    explain.cam_grid(tmp_path / "grid.png", table, pictures, maps, RECIPE, "")
+    assert norms[1] is norms[3] and norms[1](2.0) == 1 and norms[1](0.02) == pytest.approx(0.1)
+
+
 def test_intensity_forgives_drift_and_what_all_masses_of_a_time_have_in_common():
     def intensity(column, factor=1.0):
         values = np.zeros((64, 64))
@@ -162,6 +240,7 @@ def test_a_raw_run_is_explained_as_its_picture_is_and_other_axes_are_refused(two
         assert run("explain.py", network, "--input", source, *flags, "--out", name, cwd=tmp_path) == (0, "")
         assert "without calls to compare, evidence is their heat" in capsys.readouterr().out
         tables[name] = pd.read_csv(tmp_path / name / "features.csv")
+        assert tables[name]["t"].isna().all() and tables[name]["t_q"].isna().all()  # one phenotype or none
     columns = ["rank", "name", "evidence", "drop"]  # heat is named after the phenotype, which a raw run has not
     pd.testing.assert_frame_equal(tables["png"][columns], tables["raw"][columns], rtol=1e-4, atol=1e-6)
     assert set(tables["png"]["alignment_id"]) == {0, 2}
@@ -221,6 +300,9 @@ def test_peak_lists_and_plain_tables_are_read(tmp_path):
     [
         ("3.5<average_rt_min_<5 and 460<average_mz<500", [0]),  # the article's
         ("annotation_tag_vs1_0_ == '430'", [0]),
+        ("annotation_tag__vs1_0_=='430' and 3.5<average_rt_min_<5", [0]),  # the article's: pyjanitor keeps both
+        ("ms__ms_matched == True and metabolite_name != 'Somewhere_else'", [0]),
+        ("metabolite_name == 'Somewhere__else'", [2]),  # a text stays as it is
         ("annotation_tag_vs1_0_ in ['430', '530'] and rt < 3", [2]),
         ("annotation_tag_vs1_0_.str.startswith('5')", [1, 2]),
         ("ms_ms_matched == True", [0]),

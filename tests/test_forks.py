@@ -99,7 +99,7 @@ def test_a_regression_label(fork, two):
         '    return pictures["age"].astype(float).to_numpy()\n',
     )
     text = (folder / "train.py").read_text()
-    old = text[text.index("    if logits.shape[1] == 1:\n        return F.binary") : text.index("@functools.cache")]
+    old = text[text.index("    if logits.shape[1] == 1:\n        return F.binary") : text.index("def build_model")]
     edit("train.py", old, "    return F.mse_loss(logits[:, 0], labels.float())\n\n\n")
     edit(
         "deeplcms.py",

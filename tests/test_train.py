@@ -477,7 +477,7 @@ def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, 
     [
         ("--backbone mobilone_s3 --data demo", "mobileone_s3"),
         ("--backbone test_resnet --data nowhere", "nowhere: no such data set"),
-        ("--backbone test_resnet --data empty", "has no samples.csv"),
+        ("--backbone test_resnet --data empty", "or an unfinished one"),
         ("--backbone test_resnet --data demo --positive ill", "control, exposed"),
         ("--backbone test_resnet --data demo --views 3 --weights random", "--finetune head"),
         ("--resume empty", "no config.json"),
