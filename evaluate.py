@@ -365,21 +365,17 @@ def draw_prediction_matrix(path, predictions, recipe, title):
 
 
 def warnings_of(statistics, cohort, recipe):
-    """What lies beyond every training run in the statistics of a new run, as one line; '' if nothing does.
+    """What lies beyond nine of ten training runs in the statistics of a new run, as one line; '' if nothing does.
 
     Beyond by a margin, as a small cohort of one batch varies less than instruments do: a factor of three of total
-    intensity, a tenth of the axis for its ends, 0.05 for the share of intensity outside the axes. For drift inside
-    the axes the margin is two bins beyond nine of ten training runs.
+    intensity, a tenth of the axis for its ends, 0.05 for the share of intensity outside the axes, two bins of drift.
     """
-    cohort = pd.DataFrame(cohort)
-    low, high = cohort.min(), cohort.max()
+    low, high = pd.DataFrame(cohort).quantile(0.05), pd.DataFrame(cohort).quantile(0.95)
     rt = 0.1 * (high["rt_last"] - low["rt_first"])
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
     margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
-    shifts = {"rt_shift": 2 * (recipe.rt_max - recipe.rt_min) / recipe.bins[0]}
-    shifts |= {"mz_shift": 2 * (recipe.mz_max - recipe.mz_min) / recipe.bins[1]}
-    low[[*shifts]], high[[*shifts]] = cohort[[*shifts]].quantile(0.05), cohort[[*shifts]].quantile(0.95)
-    margins |= shifts
+    margins["rt_shift"] = 2 * (recipe.rt_max - recipe.rt_min) / recipe.bins[0]
+    margins["mz_shift"] = 2 * (recipe.mz_max - recipe.mz_min) / recipe.bins[1]
     far = []
     for name, margin in margins.items():
         if not low[name] - margin <= statistics[name] <= high[name] + margin:
