@@ -200,9 +200,9 @@ def ranks_of(column):
 def confounders_of(pictures, probabilities):
     """Table of what else is known of each run: can it tell the classes apart alone, and do the calls follow it?
 
-    auc: of the last class against the others, and q, after Benjamini and Hochberg, of a Kruskal-Wallis test of all.
-    r_within_class: rank correlation with that class's probability, each true class ranked apart, so that the difference
-    between the classes is no part of it.
+    auc: of the class that it tells best from the others (of two: of class 1), and q, after Benjamini and Hochberg, of a
+    Kruskal-Wallis test of all. r_within_class: rank correlation with the probability of the last class, each true class
+    ranked apart, so that the difference between the classes is no part of it.
     """
     rows, last = {}, probabilities.shape[1] - 1
     for name in pictures.columns.difference(NO_CONFOUNDERS, sort=False):
@@ -213,7 +213,8 @@ def confounders_of(pictures, probabilities):
         q = kruskal(*(part for _, part in known["rank"].groupby(labels))).pvalue  # adjusted below
         within = known.groupby(labels).rank(pct=True)
         within -= within.groupby(labels).transform("mean")
-        auc = roc_auc(labels == last, known["rank"])
+        aucs = [roc_auc(labels == k, known["rank"]) for k in sorted(set(labels), reverse=True)]
+        auc = max(aucs, key=lambda auc: abs(auc - 0.5))
         rows[name] = {"auc": auc, "q": q, "r_within_class": within["rank"].corr(within["p"])}
     table = pd.DataFrame(rows, ["auc", "q", "r_within_class"]).T
     table["q"] = false_discovery_control(table["q"]) if len(table) else []
@@ -450,7 +451,7 @@ def table_of(runs):
             logits = torch.tensor(held_out.filter(regex="^logit_").to_numpy())
             row |= scores_of("val", [(logits, torch.tensor(held_out["label"]))])
         row |= {"seconds": epochs["seconds"].sum(), "seed": seed, "fold": "" if fold is None else fold}
-        row |= {"chance_loss": config["chance_loss"], "notes": ", ".join(cautions(config)), "run": str(run)}
+        row |= {"chance_loss": config.get("chance_loss"), "notes": ", ".join(cautions(config)), "run": str(run)}
         if (run / "metrics.json").exists():
             row["test_p"] = json.loads((run / "metrics.json").read_text())["metrics"]["roc_auc"].get("p")
         rows.append(row | {"settings": json.dumps(settings)})
@@ -466,7 +467,8 @@ def pooled_metrics(held_out):
     """'value (low-high)' of each metric over the held-out pictures of all folds of a training."""
     logits = held_out.filter(regex="^logit_").dropna(axis=1).to_numpy()
     table = judge(held_out["label"].to_numpy(), logits, held_out["group"].to_numpy())
-    return table.apply(lambda row: "{value:.3f} ({low:.3f}-{high:.3f})".format(**row), axis=1)
+    text = table.apply(lambda row: "{value:.3f} ({low:.3f}-{high:.3f})".format(**row), axis=1)
+    return text.str.removesuffix(" (nan-nan)")
 
 
 def replicates_of(table):

@@ -365,8 +365,8 @@ def find_run(run=None):
 def load_run(run):
     """(model in eval mode, checkpoint) of a run folder; the checkpoint holds config, recipe, cohort and versions."""
     checkpoint = load_checkpoint(Path(run) / "best.pt")
-    if "config" not in checkpoint:
-        raise InputError(f"{run}/best.pt: not a checkpoint of train.py")
+    if "profiles" not in checkpoint:
+        raise InputError(f"{run}/best.pt: not a checkpoint of this train.py")
     config = checkpoint["config"]
     model = Classifier(config["settings"]["backbone"], config["n_outputs"], config["grid"], config["image_size"])
     model.load_state_dict(checkpoint["model"])
