@@ -7,7 +7,7 @@ them in each of several processes) is decided before it, in `make_loaders`.
     python train.py --backbone mobileone_s3                       # the demo cohort, made first if it is not there
     python train.py --backbone mobileone_s3 --data data/golestan --repeats 5
     python train.py --backbone article --data data/golestan       # Table 1; then: python evaluate.py runs/golestan
-    python train.py --backbone convnext_nano pixels --data data/golestan --folds 5
+    python train.py --backbone convnext_nano pixels --data data/golestan --folds 10
     python train.py --backbone mobileone_s3 --data data/golestan --tune 8
     torchrun --nproc-per-node 4 train.py --backbone convnext_large --data data/golestan --finetune all
 
