@@ -262,8 +262,9 @@ def chance(intensities, p, r, seed):
 
 
 def half_box_of(recipe, drift):
-    """Minutes and m/z to each side of a feature: the drift, and twice the width of the picture's own filter."""
-    return drift, 2 * max(recipe.sigma, 1) / recipe.bins[1] * (recipe.mz_max - recipe.mz_min)
+    """Minutes and m/z (2,) to each side of a feature: the drift, and twice the width of the picture's own filter."""
+    bin_ = (recipe.mz_max - recipe.mz_min) / recipe.bins[1]
+    return np.array([drift, 2 * max(recipe.sigma, 1) * bin_])
 
 
 def rank_features(table, intensities, p, of_class, evidence, heats, recipe, half_box, seed):
@@ -295,45 +296,60 @@ def rank_features(table, intensities, p, of_class, evidence, heats, recipe, half
 
 @torch.inference_mode()
 def drops_of(scores, u, k, places, recipe, half_box):
-    """Drop of score k (F, N) of the pictures u (N, 3, size, size) when the box around a place (F, 2) is blank."""
+    """Drop (F, N) of score k of pictures u (N, 3, size, size) when the box around a place (F, 2) is blank."""
     at = (np.arange(u.shape[-1]) + 0.5) / u.shape[-1]
-    at = np.stack(recipe.from_fraction(at, at), 1)  # minutes and m/z of the pixels
-    half_box = np.maximum(half_box, abs(at[1] - at[0]) / 2)  # at least a pixel
+    rt, mz = recipe.from_fraction(at, at)  # of the pixels
+    half_pixel = abs(rt[1] - rt[0]) / 2, abs(mz[1] - mz[0]) / 2
+    wide, high = np.maximum(half_box, half_pixel)
     whole, drops = scores_of(scores, u)[:, k], []
-    for place in tqdm(places, desc="blanking", unit="box", disable=None, leave=False):
-        in_rt, in_mz = torch.from_numpy(abs(at - place) <= half_box).T
-        drops.append(whole - scores_of(scores, u.masked_fill(in_mz[:, None] & in_rt, 0))[:, k])
+    for place_rt, place_mz in tqdm(places, desc="blanking", unit="box", disable=None, leave=False):
+        box = np.outer(abs(mz - place_mz) <= high, abs(rt - place_rt) <= wide)
+        blank = u.masked_fill(torch.from_numpy(box), 0)
+        drops.append(whole - scores_of(scores, blank)[:, k])
     return torch.stack(drops).numpy()
+
+
+def control_places(features, brightness_at, recipe, half_box, seed):
+    """Places (CONTROLS, 2) of boxes as bright as those of features (F, 2), but elsewhere.
+
+    Each is for one feature, drawn at random: of twenty places off its box the one most alike.
+    """
+    rng, controls = np.random.default_rng(seed), []
+    for feature in rng.choice(features, CONTROLS):
+        places = np.stack(recipe.from_fraction(*rng.uniform(size=(2, 20))), axis=1)
+        places = places[(abs(places - feature) > 2 * half_box).any(axis=1)]
+        unlike = abs(brightness_at(places) - brightness_at(feature[None]))
+        controls.append(places[unlike.argmin()])
+    return np.array(controls)
 
 
 def blanking(scores, u, k, table, map_, recipe, half_box, seed):
     """Table of the drop of score k, mean over the pictures u, when a feature's box is blank, its p and q value.
 
-    Any box moves the scores, the more the brighter it is in map_, the mean log intensity of the pictures. So what is
-    usual is said by control boxes at random places, as bright as the features. A drop counts in units of the median
-    size of the 50 controls nearest in brightness and of all; p is the share of controls that drop, or rise, as much.
+    Any box moves the scores, the more the brighter it is in map_, the mean log intensity of the pictures. So control
+    boxes say what is usual. A drop counts in units of the median size of the 50 controls nearest in brightness, and of
+    all; p is the share of controls that drop, or rise, as much.
     """
-    rng = np.random.default_rng(seed)
-    bins = np.divide(half_box, (recipe.rt_max - recipe.rt_min, recipe.mz_max - recipe.mz_min)) * recipe.bins
-    map_ = ndimage.uniform_filter(map_, 2 * bins.round().astype(int)[::-1] + 1)  # mean of the box around each pixel
+    share = half_box / (recipe.rt_max - recipe.rt_min, recipe.mz_max - recipe.mz_min)
+    wide, high = 2 * np.round(share * recipe.bins).astype(int) + 1
+    box_means = ndimage.uniform_filter(map_, (high, wide))
 
-    def bright(at):
-        return at_places(map_, {"rt": at[..., 0], "mz": at[..., 1]}, recipe)
+    def brightness_at(places):
+        return at_places(box_means, pd.DataFrame(places, columns=["rt", "mz"]), recipe)
 
     features = table[["rt", "mz"]].to_numpy()
-    candidates = np.stack(recipe.from_fraction(*rng.uniform(size=(2, CONTROLS, 20))), 2)  # minutes and m/z
-    own = rng.choice(features, (CONTROLS, 1))  # what each control is to be like
-    unlike = abs(bright(candidates) - bright(own))
-    unlike[(abs(candidates - own) < 2 * np.array(half_box)).all(2)] = np.inf  # the boxes overlap
-    controls = candidates[np.arange(CONTROLS), unlike.argmin(1)]
+    controls = control_places(features, brightness_at, recipe, half_box, seed)
+    usual = drops_of(scores, u, k, controls, recipe, half_box).mean(axis=1)
+    drop = drops_of(scores, u, k, features, recipe, half_box).mean(axis=1)
 
-    places = np.concatenate([features, controls])
-    drop = drops_of(scores, u, k, places, recipe, half_box).mean(1)
-    alike = abs(bright(places)[:, None] - bright(controls)).argsort(1)[:, :50]
-    usual = abs(drop[-CONTROLS:])
-    size = abs(drop) / (np.median(usual[alike], 1) + np.median(usual) + 1e-12)
-    p = (1 + (size[-CONTROLS:] >= size[:-CONTROLS, None]).sum(1)) / (1 + CONTROLS)
-    return pd.DataFrame({"drop": drop[:-CONTROLS], "drop_p": p, "drop_q": false_discovery_control(p)}, table.index)
+    def size(drop, places):
+        unlike = abs(brightness_at(places)[:, None] - brightness_at(controls))
+        nearest = unlike.argsort(axis=1)[:, :50]
+        return abs(drop) / (np.median(abs(usual)[nearest], axis=1) + np.median(abs(usual)) + 1e-12)
+
+    as_large = size(usual, controls) >= size(drop, features)[:, None]
+    p = (1 + as_large.sum(axis=1)) / (1 + CONTROLS)
+    return pd.DataFrame({"drop": drop, "drop_p": p, "drop_q": false_discovery_control(p)}, table.index)
 
 
 def inclusion_list(table, drift):
