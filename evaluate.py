@@ -1,7 +1,8 @@
 """Judge a run on pictures it has never seen, predict new raw runs, compare many runs.
 
 Article: "Evaluating the final model" (test metrics, Figure 5), and the tables and figures that rank architectures
-(Tables 1 and 2), replicates (Figure 1) and kinds of picture (Figure 3).
+(Tables 1 and 2), replicates (Figure 1) and kinds of picture (Figure 3). Beside every verdict stands what else could
+explain it: chance, the order of measurement, drift.
 
     python evaluate.py                                                    # the newest run on its test split
     python evaluate.py runs/golestan/convnext_large/seed2643 --threshold val
@@ -43,6 +44,7 @@ overlap (Nadeau and Bengio 2003), adjusted after Benjamini and Hochberg within e
 NO_CONFOUNDERS = ["path", "split", "phenotype", "sample_name", "copy", "label", "group", "status"]
 
 
+# ---------------------------------------------------------------- what a title says, and who votes
 def cautions(config):
     """What every table and title that quotes a run must say about it; an ordinary run gives an empty list."""
     notes = []
@@ -149,6 +151,7 @@ def choose_threshold(models, checkpoints, threshold, data=None):
     return threshold, f"{classes[1]} is called where its probability is {threshold:.4g} or more{source}"
 
 
+# ---------------------------------------------------------------- how well, and how certainly
 def judge(labels, logits, groups, threshold=0.5):
     """Table of each metric's value and its 95 % interval, which is undefined with fewer than ten groups of a class.
 
@@ -365,6 +368,7 @@ def draw_prediction_matrix(path, predictions, recipe, title):
         label_axes(axes)
 
 
+# ---------------------------------------------------------------- new raw runs
 def warnings_of(statistics, cohort, recipe):
     """What lies beyond nine of ten training runs in the statistics of a new run, as one line; '' if nothing does.
 
@@ -422,6 +426,7 @@ def predict_files(runs, files, threshold=0.5, out=None):
     return int(len(rows) < len(files))
 
 
+# ---------------------------------------------------------------- many runs
 def runs_below(paths):
     """The run folders named, and all below a folder that is not a run itself, each once."""
     runs = []
@@ -569,6 +574,7 @@ def compare(runs, out):
     print(*text, f"results: {out}/", sep="\n\n")
 
 
+# ---------------------------------------------------------------- command line
 def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
