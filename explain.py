@@ -312,11 +312,13 @@ def drops_of(scores, u, k, places, recipe, half_box):
 def control_places(features, brightness_at, recipe, half_box, seed):
     """Places (CONTROLS, 2) of boxes as bright as those of features (F, 2), but elsewhere.
 
-    Each is for one feature, drawn at random: of twenty places off its box the one most alike.
+    Each is for one feature, drawn at random: of twenty places off its box the one most alike. They have the times of
+    features, as what elutes with no compound, dead volume and wash, is bright and tells a network nothing.
     """
     rng, controls = np.random.default_rng(seed), []
     for feature in rng.choice(features, CONTROLS):
-        places = np.stack(recipe.from_fraction(*rng.uniform(size=(2, 20))), axis=1)
+        _, mz = recipe.from_fraction(0, rng.uniform(size=20))
+        places = np.stack([rng.choice(features[:, 0], 20), mz], axis=1)
         places = places[(abs(places - feature) > 2 * half_box).any(axis=1)]
         unlike = abs(brightness_at(places) - brightness_at(feature[None]))
         controls.append(places[unlike.argmin()])
