@@ -462,8 +462,8 @@ def parse_arguments(argv=None):
     shift = "largest shift, one number for both axes, or time and m/z (instruments drift in time: 5 0)"
     add("--max-shift", type=number(int, 0), nargs="+", default=[5], metavar="PIXELS", help=shift)
     add = parser.add_argument_group("split, for tables without a split column").add_argument
-    add("--test", type=number(float, 0, high=1), default=0.1, help="share of all runs for the test split")
-    add("--val", type=number(float, 0, high=1), default=0.2, help="share of the other runs for validation")
+    add("--test", type=float, default=0.1, help="share of all runs for the test split")
+    add("--val", type=float, default=0.2, help="share of the other runs for validation")
     add("--group-by", metavar="COLUMN", help="rows that share this column's value stay in one split")
     add("--seed", type=number(int, 0), default=2643, help="of splits, shifts and the demo cohort")
     add = parser.add_argument_group("demo and machine").add_argument
@@ -484,6 +484,8 @@ def parse_arguments(argv=None):
     for low, high in filter(None, (args.rt_range, args.mz_range)):
         if not low < high:
             parser.error(f"a range needs MIN below MAX, not {low:g} {high:g}")
+    if not (0 < args.test < 1 and 0 < args.val < 1):
+        parser.error("--test and --val are shares between 0 and 1")
     n_shifts = math.prod(2 * most + 1 for most in args.max_shift) - 1
     if args.augment > n_shifts or any(most >= bins for most, bins in zip(args.max_shift, args.bins, strict=True)):
         parser.error(f"--max-shift {args.max_shift} does not allow {args.augment} different copies of {args.bins} bins")

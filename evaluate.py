@@ -170,7 +170,9 @@ def judge(labels, logits, groups, threshold=0.5):
         drawn = owners.groupby(owners).sample(frac=1, replace=True, random_state=rng).index
         i = np.concatenate([rows[group] for group in drawn])
         resamples.append(metrics_of(labels[i], logits[i], threshold))
-    table["low"], table["high"] = pd.DataFrame(resamples).quantile(0.025), pd.DataFrame(resamples).quantile(0.975)
+    resamples = pd.DataFrame(resamples)
+    table["low"], table["high"] = resamples.quantile(0.025), resamples.quantile(0.975)
+    table.loc[resamples.isna().mean() > 0.05, ["low", "high"]] = np.nan  # too often undefined
     if len(owners) == len(labels):
         confusion = confusion_of(labels, called_class(probabilities_of(logits), threshold), n_classes)
         for name, (hits, n) in proportions_of(confusion).items():
@@ -507,6 +509,8 @@ def paired(a, b):
     the differences, by the size of a held-out fold over that of the k - 2 for training.
     """
     difference, k = (a - b).dropna(), len(a.index.unique("fold"))
+    if not difference.any():
+        return 1.0  # alike in every fold
     error = np.sqrt(difference.var() * (1 / len(difference) + 1 / (k - 2)))
     return 2 * t.sf(abs(difference.mean()) / error, len(difference) - 1)
 
@@ -518,10 +522,11 @@ def tests_of(replicates, metrics):
     tests = pd.DataFrame(np.nan, pairs if in_folds else ["Kruskal-Wallis", *pairs], metrics)
     for name in metrics:
         groups = [rows.set_index(["seed", "fold"])[name] for rows in replicates.values()]
-        if np.ptp(np.concatenate(groups)) == 0:
-            continue  # nothing can be said
+        if not np.ptp(np.concatenate(groups)) > 0:
+            continue  # all alike, or one is undefined: nothing can be said
         if in_folds:
-            tests[name] = false_discovery_control([paired(a, b) for a, b in itertools.combinations(groups, 2)])
+            p = [paired(a, b) for a, b in itertools.combinations(groups, 2)]
+            tests[name] = false_discovery_control(p)
         else:
             tests[name] = [kruskal(*groups).pvalue, *false_discovery_control(dunn(groups))]
     return (PAIRED if in_folds else DUNN), tests

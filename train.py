@@ -306,6 +306,15 @@ def loss_of(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
+@functools.cache
+def offline_if_unreachable():
+    """One quick question a command to the Hub of pretrained weights; without an answer only its local cache is used."""
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # of the library that it asks with
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def build_model(args, n_outputs):
     """(model, where its weights come from), frozen or not, as --weights and --finetune ask."""
     build = functools.partial(Classifier, args.backbone, n_outputs, args.grid, args.image_size)
@@ -314,10 +323,7 @@ def build_model(args, n_outputs):
     if args.backbone == "pixels":
         origin = "no network"
     elif args.weights in ("auto", "pretrained"):
-        try:  # one quick question to the Hub; without an answer only its local cache is used
-            huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-        except Exception:  # of the library that it asks with
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
+        offline_if_unreachable()
         try:
             model = build(pretrained=True)
             origin = f"pretrained ({timm.get_pretrained_cfg(args.backbone).hf_hub_id or args.backbone})"
