@@ -65,6 +65,10 @@ class Recipe:
         rt = self.rt_min + np.asarray(x) * (self.rt_max - self.rt_min)
         return rt, self.mz_min + (1 - np.asarray(y)) * (self.mz_max - self.mz_min)
 
+    def bin_size(self):
+        """Minutes and m/z of one bin."""
+        return (self.rt_max - self.rt_min) / self.bins[0], (self.mz_max - self.mz_min) / self.bins[1]
+
     def zero_colour(self):
         """RGB (3,) uint8 of zero intensity, dark blue in jet: what "nothing measured" looks like."""
         return colours(np.zeros((1, 1)), self.colormap)[0, 0]
@@ -161,9 +165,11 @@ def shift_of(profile, usual):
 
 def shifts_of(profiles, usual, recipe):
     """{"rt_shift": minutes, "mz_shift": m/z} by which the profiles of a picture lie beyond the usual ones."""
-    rt_shift = shift_of(profiles[0], usual[0]) * (recipe.rt_max - recipe.rt_min) / recipe.bins[0]
-    mz_shift = shift_of(profiles[1], usual[1]) * (recipe.mz_max - recipe.mz_min) / recipe.bins[1]
-    return {"rt_shift": rt_shift, "mz_shift": mz_shift}
+    rt_bin, mz_bin = recipe.bin_size()
+    return {
+        "rt_shift": shift_of(profiles[0], usual[0]) * rt_bin,
+        "mz_shift": shift_of(profiles[1], usual[1]) * mz_bin,
+    }
 
 
 def slow_waves(at):

@@ -381,8 +381,8 @@ def warnings_of(statistics, cohort, recipe):
     rt = 0.1 * (high["rt_last"] - low["rt_first"])
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
     margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
-    margins["rt_shift"] = 2 * (recipe.rt_max - recipe.rt_min) / recipe.bins[0]
-    margins["mz_shift"] = 2 * (recipe.mz_max - recipe.mz_min) / recipe.bins[1]
+    rt_bin, mz_bin = recipe.bin_size()
+    margins |= {"rt_shift": 2 * rt_bin, "mz_shift": 2 * mz_bin}
     far = []
     for name, margin in margins.items():
         if not low[name] - margin <= statistics[name] <= high[name] + margin:

@@ -152,8 +152,8 @@ def local_intensity(picture, recipe, drift):
     highest bin of a time is 1.
     """
     map_ = intensity_of(picture, recipe.colormap)
-    wide = drift / (recipe.rt_max - recipe.rt_min) * recipe.bins[0]
-    wide, high = 2 * round(wide) + 1, 2 * round(max(recipe.sigma, 1) / 2) + 1
+    rt_bin, _ = recipe.bin_size()
+    wide, high = 2 * round(drift / rt_bin) + 1, 2 * round(max(recipe.sigma, 1) / 2) + 1
     return ndimage.uniform_filter(map_, (high, wide)) - ndimage.uniform_filter(map_, (20 * high + 1, wide))
 
 
@@ -263,8 +263,8 @@ def chance(intensities, p, r, seed):
 
 def half_box_of(recipe, drift):
     """Minutes and m/z (2,) to each side of a feature: the drift, and twice the width of the picture's own filter."""
-    bin_ = (recipe.mz_max - recipe.mz_min) / recipe.bins[1]
-    return np.array([drift, 2 * max(recipe.sigma, 1) * bin_])
+    _, mz_bin = recipe.bin_size()
+    return np.array([drift, 2 * max(recipe.sigma, 1) * mz_bin])
 
 
 def rank_features(table, intensities, p, of_class, evidence, heats, recipe, half_box, seed):
@@ -332,8 +332,7 @@ def blanking(scores, u, k, table, map_, recipe, half_box, seed):
     boxes say what is usual. A drop counts in units of the median size of the 50 controls nearest in brightness, and of
     all; p is the share of controls that drop, or rise, as much.
     """
-    share = half_box / (recipe.rt_max - recipe.rt_min, recipe.mz_max - recipe.mz_min)
-    wide, high = 2 * np.round(share * recipe.bins).astype(int) + 1
+    wide, high = 2 * np.round(half_box / recipe.bin_size()).astype(int) + 1
     box_means = ndimage.uniform_filter(map_, (high, wide))
 
     def brightness_at(places):
