@@ -173,8 +173,7 @@ def write_pictures(path, pngs, recipe):
 
 def statistics_of_run(path, min_intensity):
     """Statistics of a run, its extent among them: for them it does not matter where the bins lie."""
-    one_bin = Recipe(0, 1, 0, 1, bins=(1, 1), min_intensity=min_intensity)
-    return histogram_of_run(path, one_bin)[1]
+    return histogram_of_run(path, Recipe(0, 1, 0, 1, bins=(1, 1), min_intensity=min_intensity))[1]
 
 
 # ---------------------------------------------------------------- worker processes

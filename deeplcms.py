@@ -166,10 +166,7 @@ def shift_of(profile, usual):
 def shifts_of(profiles, usual, recipe):
     """{"rt_shift": minutes, "mz_shift": m/z} by which the profiles of a picture lie beyond the usual ones."""
     rt_bin, mz_bin = recipe.bin_size()
-    return {
-        "rt_shift": shift_of(profiles[0], usual[0]) * rt_bin,
-        "mz_shift": shift_of(profiles[1], usual[1]) * mz_bin,
-    }
+    return {"rt_shift": rt_bin * shift_of(profiles[0], usual[0]), "mz_shift": mz_bin * shift_of(profiles[1], usual[1])}
 
 
 def slow_waves(at):

@@ -381,8 +381,7 @@ def warnings_of(statistics, cohort, recipe):
     rt = 0.1 * (high["rt_last"] - low["rt_first"])
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
     margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
-    rt_bin, mz_bin = recipe.bin_size()
-    margins |= {"rt_shift": 2 * rt_bin, "mz_shift": 2 * mz_bin}
+    margins["rt_shift"], margins["mz_shift"] = 2 * np.array(recipe.bin_size())
     far = []
     for name, margin in margins.items():
         if not low[name] - margin <= statistics[name] <= high[name] + margin:
@@ -525,8 +524,7 @@ def tests_of(replicates, metrics):
         if not np.ptp(np.concatenate(groups)) > 0:
             continue  # all alike, or one is undefined: nothing can be said
         if in_folds:
-            p = [paired(a, b) for a, b in itertools.combinations(groups, 2)]
-            tests[name] = false_discovery_control(p)
+            tests[name] = false_discovery_control([paired(a, b) for a, b in itertools.combinations(groups, 2)])
         else:
             tests[name] = [kruskal(*groups).pvalue, *false_discovery_control(dunn(groups))]
     return (PAIRED if in_folds else DUNN), tests
@@ -555,8 +553,7 @@ def compare(runs, out):
     columns = ["data_set", "backbone", "parameters_millions", "best_epoch"]
     columns += [name.replace("val_", "train_") for name in metrics]
     columns += [*metrics, "chance_loss", "test_p", "seconds", "seed", "fold", "notes"]
-    columns = [name for name in columns if name in table]
-    parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table[columns]}
+    parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table.filter(columns)}
     folds = table[table["fold"] != ""]
     if len(folds):
         held_out = pd.concat([read_held_out(run) for run in folds["run"]])
@@ -591,8 +588,12 @@ def make_parser():
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
     threshold = "call class 1 from this probability on; val chooses it on the validation split"
     add("--threshold", type=number(float, 0, "val"), default=0.5, metavar="P|val", help=threshold)
-    files = "new raw runs, or folders; several RUNs vote; --out is never replaced"
-    add("--predict", nargs="+", metavar="FILE", help=files)
+    add(
+        "--predict",
+        nargs="+",
+        metavar="FILE",
+        help="new raw runs, or folders; several RUNs vote; --out is never replaced",
+    )
     return parser
 
 

@@ -152,8 +152,7 @@ def local_intensity(picture, recipe, drift):
     highest bin of a time is 1.
     """
     map_ = intensity_of(picture, recipe.colormap)
-    rt_bin, _ = recipe.bin_size()
-    wide, high = 2 * round(drift / rt_bin) + 1, 2 * round(max(recipe.sigma, 1) / 2) + 1
+    wide, high = 2 * round(drift / recipe.bin_size()[0]) + 1, 2 * round(max(recipe.sigma, 1) / 2) + 1
     return ndimage.uniform_filter(map_, (high, wide)) - ndimage.uniform_filter(map_, (20 * high + 1, wide))
 
 
@@ -263,8 +262,7 @@ def chance(intensities, p, r, seed):
 
 def half_box_of(recipe, drift):
     """Minutes and m/z (2,) to each side of a feature: the drift, and twice the width of the picture's own filter."""
-    _, mz_bin = recipe.bin_size()
-    return np.array([drift, 2 * max(recipe.sigma, 1) * mz_bin])
+    return np.array([drift, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]])
 
 
 def rank_features(table, intensities, p, of_class, evidence, heats, recipe, half_box, seed):

@@ -435,8 +435,7 @@ def make_loaders(model, table, pictures, recipe, args, store):
 # ---------------------------------------------------------------- the loop
 def autocast(args):
     """Mixed precision: float16 on CUDA (default there), bfloat16 on the CPU with --amp."""
-    kind = torch.float16 if CUDA else torch.bfloat16
-    return torch.autocast(DEVICE.type, kind, enabled=args.amp)
+    return torch.autocast(DEVICE.type, torch.float16 if CUDA else torch.bfloat16, enabled=args.amp)
 
 
 def make_optimizer(model, args, lr):
