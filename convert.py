@@ -304,8 +304,7 @@ def demo_compounds(rng, n_planted=24, n_background=216):
     is drawn alike for planted and background ones. `frequency` is the chance that a run holds a compound at all.
     """
     n = n_planted + n_background
-    compounds = pd.DataFrame({"planted": np.arange(n) < n_planted})
-    compounds["rt"] = rng.uniform(0.9, 9.0, n)  # minutes
+    compounds = pd.DataFrame({"planted": np.arange(n) < n_planted, "rt": rng.uniform(0.9, 9.0, n)})  # minutes
     compounds["mz"] = rng.uniform(110, 700, n) + 20 * compounds["rt"]  # later means larger, as on a C18 column
     others = rng.integers(0, n, n - 2 * n // 3)  # with which the last third overlaps
     for axis, spread in (("rt", 0.1), ("mz", 6)):
@@ -331,8 +330,7 @@ def simulate_run(rng, compounds, lines, exposed, batch):
     times = np.arange(0, 60 * DEMO_MINUTES, 2.0)
     n = len(times)
     peaks = []  # (scan, m/z, intensity) arrays
-    ppm = rng.normal(0, 3)
-    sensitivity = rng.lognormal(0, 0.3)
+    ppm, sensitivity = rng.normal(0, 3), rng.lognormal(0, 0.3)
     waves = batch + rng.normal(0, 3, 6)
     drift = waves @ slow_waves(compounds["rt"] / DEMO_MINUTES) + rng.normal(0, 0.5, len(compounds))
     level = compounds["fold"] ** (0.5 if exposed else -0.5)
@@ -418,8 +416,7 @@ def write_demo(args):
         raise InputError(f"{args.out_dir} holds another data set: use another folder")
     print(f"the demo cohort: {args.runs} synthetic runs in {raw_dir}, their compounds in {args.out_dir}/features.csv")
     raw_dir.mkdir(parents=True, exist_ok=True)
-    samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers]})
-    samples["cohort"] = str(args.seed)
+    samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers], "cohort": str(args.seed)})
     samples["phenotype"] = [DEMO_PHENOTYPES[i % 2] for i in numbers]
     samples["batch"] = [f"{batch_of(i) + 1}" for i in numbers]
     if Path(args.samples).exists() and not read_table(args.samples).equals(samples):

@@ -301,9 +301,7 @@ def probabilities_of(logits):
 
 def called_class(probabilities, threshold=0.5):
     """Class (N,) of probabilities (N, K): of two, class 1 from `threshold` on; of more, the most probable."""
-    if probabilities.shape[1] == 2:
-        return (probabilities[:, 1] >= threshold).astype(int)
-    return probabilities.argmax(axis=1)
+    return (probabilities[:, 1] >= threshold).astype(int) if probabilities.shape[1] == 2 else probabilities.argmax(1)
 
 
 def confusion_of(labels, called, n_classes):
