@@ -95,7 +95,7 @@ PENALTIES = np.logspace(0, -7, 15)
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
 
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
-NOT_SETTINGS = ("params", "repeats", "tune", "storage", "resume", "workers", "out", "demo")
+NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "out", "demo")
 RECENT = 256  # pictures that the standardisation of a network in training is fitted to
 DRAW_SEED = 2643  # of stored draws, so that repeats, folds and trials share them
 
@@ -658,13 +658,14 @@ def endless(loader):
 def suggest_lr(losses):
     """(learning rate, why) of {rate, ascending: loss}.
 
-    Where the steps teach something, by a tenth of the loss, it is the rate of the lowest loss. A network that starts at
-    random needs more steps than these: then it is the highest rate that has done no harm, by a twentieth.
+    Where the steps teach something, by a tenth of the loss, it is half the rate of the lowest loss, a step away from
+    too much. A network that starts at random needs more steps than these: then it is the highest rate that has done no
+    harm, by a twentieth.
     """
     first = next(iter(losses.values()))
     lr = min(losses, key=losses.get)
     if losses[lr] < 0.9 * first:
-        return float(lr), "lowest loss"
+        return float(lr / 2), "half the rate of lowest loss"
     return float(max(rate for rate, loss in losses.items() if loss <= 1.05 * first)), "highest rate without harm"
 
 
@@ -770,7 +771,7 @@ def settings_of(args, pictures, recipe):
 
 def train_once(args, pictures, classes, recipe, store):
     """One training from pictures to checkpoints: what `python train.py` is about. Returns the run folder."""
-    run, settings = args.resume or run_folder(args), settings_of(args, pictures, recipe)
+    run, settings = run_folder(args), settings_of(args, pictures, recipe)
     if (run / "config.json").exists():
         before = json.loads((run / "config.json").read_text())["settings"]
         if differing := first_difference(before, settings):
@@ -957,7 +958,8 @@ def expand_backbones(names, params):
 def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to train").add_argument
-    add("--backbone", nargs="+", metavar="NAME", help="timm names or patterns, 'article' (Table 1), 'pixels' (no net)")
+    names = "timm names (try mobileone_s3) or patterns, 'article' (Table 1), 'pixels' (no net)"
+    add("--backbone", nargs="+", required=True, metavar="NAME", help=names)
     add("--params", nargs=2, type=float, metavar=("MIN", "MAX"), help="of patterns keep those of MIN-MAX million")
     add("--data", metavar="DIR", help="data set of convert.py (without it: the demo, at settings of its own)")
     add("--weights", default="auto", help="auto: pretrained, or random without the Hub; pretrained; random; or a file")
@@ -999,17 +1001,14 @@ def make_parser():
     add("--workers", type=number(int, 0), default=workers, help="processes that load pictures")
     add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
     add("--name", help="in place of the data set's name")
-    add("--resume", type=Path, metavar="RUN", help="go on with a training, as the same command would")
     return parser
 
 
 def parse_arguments(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    if not args.backbone and not args.resume:
-        parser.error("needs --backbone (try: --backbone mobileone_s3)")
     parser.set_defaults(**AUGMENTATION[args.augmentation])
-    if not args.data and not args.resume:
+    if not args.data:
         parser.set_defaults(demo=True, data="demo", **DEMO)
     args = parser.parse_args(argv)
     if 0 < args.folds < 3:
@@ -1021,11 +1020,6 @@ def parse_arguments(argv=None):
 
 def trainings_of(args):
     """[arguments of each training]: one backbone, one seed, one fold each."""
-    if args.resume:
-        if not (args.resume / "config.json").is_file():
-            raise InputError(f"--resume {args.resume}: no config.json of train.py in this folder")
-        settings = json.loads((args.resume / "config.json").read_text())["settings"]
-        return [argparse.Namespace(**vars(args) | settings)]
     backbones = expand_backbones(args.backbone, args.params)
     folds = range(args.folds) if args.folds else [None]
     trainings = []

@@ -246,12 +246,12 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
     lr = train.find_lr(model, loaders["train"], args, tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     curve = pd.read_csv(tmp_path / "lr_find.csv")
-    assert lr in curve["lr"].tolist() and len(curve) > 10
+    assert curve["lr"].isin([lr, 2 * lr]).any() and len(curve) > 10
     optimizer, scaler = train.make_optimizer(model.train(), args, curve["lr"][9])
     batches = itertools.islice(train.endless(loaders["train"]), 8)
     outputs = [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
     assert train.loss_of(*train.collect(outputs[4:])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
-    assert train.suggest_lr({1e-3: 0.69, 1e-2: 0.5, 1e-1: 0.6}) == (1e-2, "lowest loss")
+    assert train.suggest_lr({1e-3: 0.69, 1e-2: 0.5, 1e-1: 0.6}) == (5e-3, "half the rate of lowest loss")
     assert train.suggest_lr({1e-3: 0.69, 1e-2: 0.68, 2e-2: 0.7, 1e-1: 3.0}) == (2e-2, "highest rate without harm")
 
 
@@ -284,7 +284,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(epochs_of(killed)) < 8 and not (killed / "best.pt").exists()
-    assert run("train.py", "--resume", killed, cwd=tmp_path) == (0, "")
+    assert run("train.py", *arguments, "--out", "killed", cwd=tmp_path) == (0, "")
     assert epochs_of(killed).equals(epochs_of(whole))
     for name in ("best.pt", "last.pt"):
         one, other = (torch.load(folder / name, weights_only=True)["model"] for folder in (whole, killed))
@@ -480,7 +480,6 @@ def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, 
         ("--backbone test_resnet --data empty", "or an unfinished one"),
         ("--backbone test_resnet --data demo --positive ill", "control, exposed"),
         ("--backbone test_resnet --data demo --views 3 --weights random", "--finetune head"),
-        ("--resume empty", "no config.json"),
         ("--backbone pixels --data demo --optimizer adam --lr 1e30 --epochs 5 --weight-decay 1e9", "--lr"),
         ("--backbone pixels --data demo --folds 30", "use fewer"),
         ("--backbone pixels --data demo --tune 1 --storage nonsense", "--storage nonsense: "),
