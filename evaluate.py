@@ -15,22 +15,19 @@ import itertools
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata, t
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deeplcms import SPLITS, InputError, Parser, figure, number, run_script, write_json, write_table, write_text
 from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, in_turn
 from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, profiles_of
 from deeplcms import read_picture, roc_auc, shifts_of, show
-from train import Pictures, collect, evaluation_transform, find_run, load_run, predict, scores_of
+from train import evaluation_transform, find_run, load_run, predict, scores_of
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
@@ -55,26 +52,30 @@ def cautions(config):
     return notes
 
 
-def title_of(checkpoint, what, *others):
-    """'pixels on golestan; no network', with others 'ensemble of 5; pixels on ...'; "; " breaks a figure's title."""
-    configs = [member["config"] for member in (checkpoint, *others)]
-    ensemble = [f"ensemble of {len(configs)}"] if others else []
-    names = sorted({config["settings"]["backbone"] for config in configs})
-    notes = dict.fromkeys(note for config in configs for note in cautions(config))  # each once
-    if any(member["val_loss"] >= member["config"]["chance_loss"] for member in (checkpoint, *others)):
-        notes["on validation pictures no better than chance"] = None
-    return "; ".join([*ensemble, f"{', '.join(names)} on {what}", *notes])
+def title_of(checkpoints, what):
+    """'pixels on golestan; no network', of several 'ensemble of 5; pixels on ...'; "; " breaks a figure's title."""
+    backbones, notes = set(), []
+    for checkpoint in checkpoints:
+        config = checkpoint["config"]
+        backbones.add(config["settings"]["backbone"])
+        notes += cautions(config)
+        if checkpoint["val_loss"] >= config["chance_loss"]:
+            notes.append("on validation pictures no better than chance")
+    ensemble = [f"ensemble of {len(checkpoints)}"] if len(checkpoints) > 1 else []
+    names = ", ".join(sorted(backbones))
+    return "; ".join([*ensemble, f"{names} on {what}", *dict.fromkeys(notes)])  # each note once
 
 
 def load_members(runs):
     """(models, checkpoints) of runs; several must have learned to tell the same classes apart on the same pictures."""
     models, checkpoints = zip(*map(load_run, runs), strict=True)
-    expected = checkpoints[0]
+    first = checkpoints[0]["config"]
     for run, checkpoint in zip(runs, checkpoints, strict=True):
-        check_recipe(checkpoint["recipe"], expected["recipe"], run)
-        if checkpoint["config"]["classes"] != expected["config"]["classes"]:
+        config = checkpoint["config"]
+        check_recipe(checkpoint["recipe"], checkpoints[0]["recipe"], run)
+        if config["classes"] != first["classes"]:
             raise InputError(f"{run}: its classes, or which of them is positive, are not those of {runs[0]}")
-        if checkpoint["config"]["settings"]["pictures"] != expected["config"]["settings"]["pictures"]:
+        if config["settings"]["pictures"] != first["settings"]["pictures"]:
             raise InputError(f"{run}: its data set, or how it was split, is not that of {runs[0]}")
     return models, checkpoints
 
@@ -94,7 +95,7 @@ def originals_of(checkpoint, data, splits):
 
 
 def held_out(checkpoints, data, split):
-    """Pictures of one split without copies, with their labels; InputError where one of the runs is a fold of them."""
+    """Table of the pictures of one split, with labels and without copies, and their pixels [uint8 (H, W, 3)]."""
     folds = [member for member in checkpoints if member["config"]["settings"]["fold"] is not None]
     if split != "test" and any(is_own(fold, data) for fold in folds):
         raise InputError(f"this run is a fold of train and val together and has seen most of {split}")
@@ -102,24 +103,24 @@ def held_out(checkpoints, data, split):
     if unknown := set(pictures["phenotype"]) - set(classes):
         place = data or checkpoints[0]["config"]["settings"]["data"]
         raise InputError(f"{place}: {first_few(unknown)} is none of the run's classes, {', '.join(classes)}")
-    return pictures.assign(label=label_of(pictures, classes))
+    pictures["label"] = label_of(pictures, classes)
+    return pictures, [read_picture(path) for path in pictures["path"]]
 
 
-def votes_of(models, pictures):
-    """Probability (member, picture, class) that each model gives to each class for each row of a table of pictures."""
+def votes_of(models, images):
+    """Probability (member, picture, class) that each model gives to each class for each picture, uint8 (H, W, 3)."""
     votes = []
     for model in models:
-        loader = DataLoader(Pictures(pictures, evaluation_transform(model)), 32)
-        logits, _ = collect(predict(model, tqdm(loader, desc="classifying", disable=None, leave=False)))
-        votes.append(probabilities_of(logits))
+        transform = evaluation_transform(model)
+        x = torch.stack([transform(image) for image in images])  # (N, 3, size, size)
+        batches = tqdm(x.split(32), desc="classifying", disable=None, leave=False)
+        outputs = predict(model, ((batch, None) for batch in batches))
+        votes.append(probabilities_of(torch.cat([logits for logits, _ in outputs])))
     return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit
 
 
 def calls_of(votes, classes, threshold):
-    """Table of the class called, the mean probability of each class and, where several vote, `spread`.
-
-    The spread is the standard deviation between the members of the probability of the class called.
-    """
+    """Table of the class called, its mean probability and that of the others, and of several votes its deviation."""
     called = called_class(votes.mean(0), threshold)
     table = pd.DataFrame({"called": [classes[k] for k in called]})
     table[[f"probability_{name}" for name in classes]] = votes.mean(0)
@@ -133,19 +134,20 @@ def best_threshold(labels, logits):
     scores = np.unique(probabilities_of(logits)[:, 1])
     between = (scores[1:] + scores[:-1]) / 2
     candidates = sorted([0.5, *between], key=lambda t: abs(t - 0.5))
-    accuracy = pd.Series({t: metrics_of(labels, logits, t)["balanced_accuracy"] for t in candidates})
-    return accuracy.round(12).idxmax()
+    accuracy = [metrics_of(labels, logits, t)["balanced_accuracy"] for t in candidates]
+    return candidates[np.argmax(np.round(accuracy, 12))]  # of equal ones the first
 
 
 def choose_threshold(models, checkpoints, threshold, data=None):
     """(threshold, the rule in words) of --threshold: a number, or 'val' for the best one on the validation split."""
-    classes, source = checkpoints[0]["config"]["classes"], ""
+    classes = checkpoints[0]["config"]["classes"]
     if len(classes) > 2:
         return None, "the most probable class is called"
+    source = ""
     if threshold == "val":
         own = data if is_own(checkpoints[0], data) else None
-        pictures = held_out(checkpoints, own, "val")
-        logits = np.log(votes_of(models, pictures).mean(0))
+        pictures, images = held_out(checkpoints, own, "val")
+        logits = np.log(votes_of(models, images).mean(0))
         threshold = best_threshold(pictures["label"].to_numpy(), logits)
         source = f", the best balanced accuracy on {len(pictures)} pictures of the validation split"
     return threshold, f"{classes[1]} is called where its probability is {threshold:.4g} or more{source}"
@@ -156,14 +158,14 @@ def judge(labels, logits, groups, threshold=0.5):
     """Table of each metric's value and its 95 % interval, which is undefined with fewer than ten groups of a class.
 
     Proportions have Wilson's interval (1927), the other metrics percentiles over resamples within each class, which
-    keep the sizes of the classes as the split did. Pictures of a group (a person) are no independent ones: then whole
-    groups are drawn, for all metrics.
+    keep their sizes. Pictures of a group (a person) are not independent: then whole groups are drawn, for all metrics.
     """
     table = pd.DataFrame({"value": metrics_of(labels, logits, threshold), "low": np.nan, "high": np.nan})
-    rows = pd.Series(groups).groupby(groups).indices
-    owners = pd.Series({group: labels[i[0]] for group, i in rows.items()})
-    n_classes = max(2, logits.shape[1])
-    if owners.value_counts().reindex(range(n_classes), fill_value=0).min() < FEWEST:
+    probabilities = probabilities_of(logits)
+    n_classes = probabilities.shape[1]
+    by_group = pd.Series(labels).groupby(groups)
+    owners, rows = by_group.first(), by_group.indices  # label and pictures of each group
+    if np.bincount(owners, minlength=n_classes).min() < FEWEST:
         return table
     rng, resamples = np.random.default_rng(SEED), []
     for _ in tqdm(range(RESAMPLES), desc="bootstrap", disable=None, leave=False):
@@ -173,21 +175,23 @@ def judge(labels, logits, groups, threshold=0.5):
     resamples = pd.DataFrame(resamples)
     table["low"], table["high"] = resamples.quantile(0.025), resamples.quantile(0.975)
     table.loc[resamples.isna().mean() > 0.05, ["low", "high"]] = np.nan  # too often undefined
-    if len(owners) == len(labels):
-        confusion = confusion_of(labels, called_class(probabilities_of(logits), threshold), n_classes)
-        for name, (hits, n) in proportions_of(confusion).items():
-            interval = binomtest(hits, n).proportion_ci(method="wilson")
-            table.loc[name, ["low", "high"]] = interval.low, interval.high
+    if len(owners) < len(labels):
+        return table
+    called = called_class(probabilities, threshold)
+    right = called == labels
+    shares = {"accuracy": right}
+    if n_classes == 2:
+        shares |= {"recall": right[labels == 1], "specificity": right[labels == 0], "precision": right[called == 1]}
+    for name, hits in shares.items():
+        if len(hits):
+            table.loc[name, ["low", "high"]] = wilson(hits)
     return table
 
 
-def proportions_of(confusion):
-    """{metric: (hits, of how many)} of the metrics that are proportions of pictures."""
-    proportions = {"accuracy": (np.trace(confusion), confusion.sum())}
-    if len(confusion) == 2:
-        (tn, fp), (fn, tp) = confusion
-        proportions |= {"recall": (tp, tp + fn), "specificity": (tn, tn + fp), "precision": (tp, tp + fp)}
-    return {name: (hits, n) for name, (hits, n) in proportions.items() if n}
+def wilson(hits):
+    """(low, high) of the 95 % interval of the share of hits (N,) that are true."""
+    interval = binomtest(hits.sum(), len(hits)).proportion_ci(method="wilson")
+    return interval.low, interval.high
 
 
 # ---------------------------------------------------------------- what else could explain it
@@ -205,24 +209,24 @@ def ranks_of(column):
 def confounders_of(pictures, probabilities):
     """Table of what else is known of each run: can it tell the classes apart alone, and do the calls follow it?
 
-    auc: of the class that it tells best from the others (of two: of class 1), and q, after Benjamini and Hochberg, of a
-    Kruskal-Wallis test of all. r_within_class: rank correlation with the probability of the last class, each true class
-    ranked apart, so that the difference between the classes is no part of it.
+    auc: of the class that it tells best from the others (of two: class 1); q: of a Kruskal-Wallis test, after Benjamini
+    and Hochberg. r_within_class: rank correlation with the probability of the last class, each true class by itself.
     """
-    rows, last = {}, probabilities.shape[1] - 1
+    rows = {}
     for name in pictures.columns.difference(NO_CONFOUNDERS, sort=False):
-        known = pd.DataFrame({"rank": ranks_of(pictures[name]), "p": probabilities[:, last]}).dropna()
-        labels = pictures["label"][known.index].to_numpy()
-        if known["rank"].nunique() < 2 or len(set(labels)) < 2:
+        known = pictures[["label"]].assign(rank=ranks_of(pictures[name]), p=probabilities[:, -1]).dropna()
+        label, by_class = known["label"], known.groupby("label")
+        if known["rank"].nunique() < 2 or len(by_class) < 2:
             continue
-        q = kruskal(*(part for _, part in known["rank"].groupby(labels))).pvalue  # adjusted below
-        within = known.groupby(labels).rank(pct=True)
-        within -= within.groupby(labels).transform("mean")
-        aucs = [roc_auc(labels == k, known["rank"]) for k in sorted(set(labels), reverse=True)]
-        auc = max(aucs, key=lambda auc: abs(auc - 0.5))
-        rows[name] = {"auc": auc, "q": q, "r_within_class": within["rank"].corr(within["p"])}
-    table = pd.DataFrame(rows, ["auc", "q", "r_within_class"]).T
-    table["q"] = false_discovery_control(table["q"]) if len(table) else []
+        test = kruskal(*[ranks for _, ranks in by_class["rank"]])
+        aucs = [roc_auc(label == k, known["rank"]) for k in sorted(by_class.groups, reverse=True)]
+        within = by_class.rank(pct=True)
+        within -= within.groupby(label).transform("mean")
+        best = max(aucs, key=lambda auc: abs(auc - 0.5))
+        rows[name] = [best, test.pvalue, within["rank"].corr(within["p"])]
+    table = pd.DataFrame.from_dict(rows, "index", columns=["auc", "q", "r_within_class"])
+    if rows:
+        table["q"] = false_discovery_control(table["q"])
     return table
 
 
@@ -231,80 +235,100 @@ def flagged(confounders):
     return list(confounders.index[(confounders["q"] < 0.05) & (abs(confounders["auc"] - 0.5) > 0.2)])
 
 
-def by_chance(run, checkpoint, pictures, threshold):
+def by_chance(run, checkpoint, labels, images, threshold):
     """Metrics, a row for each run beside this one that was trained with its settings but on shuffled labels."""
-    rows, wanted = [], checkpoint["config"]["settings"] | {"shuffle_labels": True}
+    rows = []
     for other in sorted(run.parent.glob("seed*-shuffled/best.pt")):
         model, shuffled = load_run(other.parent)
         settings = shuffled["config"]["settings"]
-        if settings == wanted | {"seed": settings["seed"]}:
-            rows.append(metrics_of(pictures["label"].to_numpy(), np.log(votes_of([model], pictures)[0]), threshold))
+        changed = {"shuffle_labels": True, "seed": settings["seed"]}
+        if settings == checkpoint["config"]["settings"] | changed:
+            logits = np.log(votes_of([model], images)[0])
+            rows.append(metrics_of(labels, logits, threshold))
     return pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------- one run, or several that vote
-def evaluate(runs, home, data=None, split="test", threshold=0.5, out=None):
-    """Metrics, predictions and figures of a run, or of several that vote, on one split; prints the table.
-
-    home: where the results go by default, those of other splits and data sets into a folder of it.
-    """
-    if threshold == "val" and split == "val":
+def evaluate(runs, home, args):
+    """Judge a run, or several that vote, on one split; results go to --out or `home`, of other data to its folders."""
+    if args.threshold == "val" and args.split == "val":
         raise InputError("--threshold val with --split val would choose and judge on the same pictures")
     models, checkpoints = load_members(runs)
-    checkpoint, *others = checkpoints
-    classes = checkpoint["config"]["classes"]
-    pictures = held_out(checkpoints, data, split)
-    threshold, rule = choose_threshold(models, checkpoints, threshold, data)
-    votes = votes_of(models, pictures)
-    probabilities = votes.mean(0)
-    labels = pictures["label"].to_numpy()
-    confusion = confusion_of(labels, called_class(probabilities, threshold), len(classes))
-    table = judge(labels, np.log(probabilities), pictures["group"].to_numpy(), threshold)
-    null = by_chance(runs[0], checkpoint, pictures, threshold) if len(runs) == 1 else pd.DataFrame()
+    checkpoint = checkpoints[0]
+    recipe, classes = checkpoint["recipe"], checkpoint["config"]["classes"]
+    pictures, images = held_out(checkpoints, args.data, args.split)
+    threshold, rule = choose_threshold(models, checkpoints, args.threshold, args.data)
+    votes = votes_of(models, images)
+    calls = calls_of(votes, classes, threshold)
+    labels, probabilities = pictures["label"].to_numpy(), votes.mean(0)
+    metrics = judge(labels, np.log(probabilities), pictures["group"].to_numpy(), threshold)
+    null = by_chance(runs[0], checkpoint, labels, images, threshold) if len(runs) == 1 else []
     if len(null):
-        better = np.where(table.index == "brier", -1, 1)
-        as_good = (better * (null[table.index] - table["value"]) >= 0).sum()
-        table["p"] = (1 + as_good) / (1 + len(null))
-    recipe, profiles = checkpoint["recipe"], checkpoint["profiles"]
-    shifts = [shifts_of(profiles_of(read_picture(path), recipe), profiles, recipe) for path in pictures["path"]]
+        better = np.where(metrics.index == "brier", -1, 1)
+        as_good = better * (null[metrics.index] - metrics["value"]) >= 0
+        metrics["p"] = (1 + as_good.sum()) / (1 + len(null))
+    shifts = [shifts_of(profiles_of(image, recipe), checkpoint["profiles"], recipe) for image in images]
     confounders = confounders_of(pictures.join(pd.DataFrame(shifts)), probabilities)
 
-    data_set = Path(data).resolve().name if data else checkpoint["config"]["data_set"]
-    usual = split == "test" and is_own(checkpoint, data)
-    folder = Path(out or (home if usual else home / f"{data_set}-{split}"))
+    data_set = Path(args.data).resolve().name if args.data else checkpoint["config"]["data_set"]
+    usual = args.split == "test" and is_own(checkpoint, args.data)
+    folder = Path(args.out or (home if usual else home / f"{data_set}-{args.split}"))
+    result = {
+        "title": title_of(checkpoints, f"{data_set}, {args.split} split, {len(labels)} pictures"),
+        "run": ", ".join(map(str, runs)),
+        "split": args.split,
+        "threshold": threshold,
+        "rule": rule,
+        "classes": classes,
+        "confusion": confusion_of(labels, called_class(probabilities, threshold), len(classes)),
+        "metrics": metrics,
+        "shuffled_runs": len(null),
+        "confounders": confounders,
+        "flagged": flagged(confounders),
+    }
+    write_results(folder, result, pictures, calls, recipe)
+    epochs = [f"run {run}, epoch {member['epoch']}" for run, member in zip(runs, checkpoints, strict=True)]
+    print_results(folder, result, epochs)
+
+
+def write_results(folder, result, pictures, calls, recipe):
+    """metrics.json, predictions.csv and the four figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    title = title_of(checkpoint, f"{data_set}, {split} split, {len(labels)} pictures", *others)
-    contents = {"title": title, "run": ", ".join(map(str, runs)), "split": split, "threshold": threshold, "rule": rule}
-    contents |= {"classes": classes, "confusion": confusion.tolist()}
-    contents |= {"metrics": table.replace({np.nan: None}).to_dict("index"), "shuffled_runs": len(null)}
-    contents |= {"confounders": confounders.replace({np.nan: None}).to_dict("index"), "flagged": flagged(confounders)}
-    two = len(classes) == 2
-    if two:
+    title, classes, confusion = result["title"], result["classes"], result["confusion"]
+    contents = result | {"confusion": confusion.tolist()}
+    for name in ("metrics", "confounders"):
+        contents[name] = result[name].replace({np.nan: None}).to_dict("index")
+    if len(classes) == 2:
         contents |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
     write_json(folder / "metrics.json", contents)
-    predictions = pictures[["sample_name", "group", "phenotype"]].join(calls_of(votes, classes, threshold))
-    predictions.insert(4, "right", np.where(predictions["called"] == predictions["phenotype"], "yes", "no"))
+    predictions = pictures[["sample_name", "group", "phenotype"]].join(calls)
+    predictions.insert(4, "right", np.where(calls["called"] == pictures["phenotype"], "yes", "no"))
     predictions["file"] = pictures["path"]
     write_table(folder / "predictions.csv", predictions)
 
+    labels, probabilities = pictures["label"].to_numpy(), calls.filter(regex="^probability_").to_numpy()
     draw_confusion(folder / "confusion.png", confusion, classes, title)
-    draw_roc(folder / "roc.png", labels, probabilities, confusion, table.loc["roc_auc"], classes, title)
+    draw_roc(folder / "roc.png", labels, probabilities, confusion, result["metrics"].loc["roc_auc"], classes, title)
     # The other two show the probability of class 1, or with more classes of the class called.
-    predictions["of"] = classes[1] if two else predictions["called"]
-    predictions["p"] = probabilities[:, 1] if two else probabilities.max(1)
+    predictions["of"] = classes[1] if len(classes) == 2 else calls["called"]
+    predictions["p"] = probabilities[:, 1] if len(classes) == 2 else probabilities.max(1)
     draw_calibration(folder / "calibration.png", predictions, title)
     draw_prediction_matrix(folder / "prediction_matrix.png", predictions, recipe, title)
-    members = [f"run {run}, epoch {member['epoch']}" for run, member in zip(runs, checkpoints, strict=True)]
-    print(title, *members, rule, sep="\n")
-    print(f"\n{pd.DataFrame(confusion, classes, classes).rename_axis('true / called')}\n")
-    print(table.to_string(float_format="{:.3f}".format, na_rep="undefined"))
-    if table["low"].isna().all():
+
+
+def print_results(folder, result, epochs):
+    decimals = "{:.3f}".format
+    print(result["title"], *epochs, result["rule"], sep="\n")
+    confusion = pd.DataFrame(result["confusion"], result["classes"], result["classes"])
+    print(f"\n{confusion.rename_axis('true / called')}\n")
+    print(result["metrics"].to_string(float_format=decimals, na_rep="undefined"))
+    if result["metrics"]["low"].isna().all():
         print(f"no intervals: they need {FEWEST} pictures (or groups) of each class")
-    if len(null):
-        print(f"p: the share, of {len(null)} runs on shuffled labels and this one, that do as well")
+    if result["shuffled_runs"]:
+        print(f"p: the share, of {result['shuffled_runs']} runs on shuffled labels and this one, that do as well")
     print("\nWhat else is known of these runs, what it tells alone, and whether the probability follows it in a class:")
-    print(confounders.to_string(float_format="{:.3f}".format, na_rep="undefined"))
-    for name in flagged(confounders):
+    print(result["confounders"].to_string(float_format=decimals, na_rep="undefined"))
+    for name in result["flagged"]:
         print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")
     print(f"\nresults: {folder}/")
 
@@ -323,18 +347,21 @@ def draw_confusion(path, confusion, classes, title):
 
 
 def draw_roc(path, labels, probabilities, confusion, auc, classes, title):
+    two = len(classes) == 2
     with figure(path, title, size=(6, 6.8)) as ax:
         ax.plot([0, 1], [0, 1], ":", color="grey", label="chance")
-        for k in [1] if len(classes) == 2 else range(len(classes)):
+        for k in [1] if two else range(len(classes)):
             # Share of all others and of the class at each score or above it: equal scores make one step.
             curve = pd.crosstab(probabilities[:, k], labels == k, normalize="columns")[::-1].cumsum()
             if curve.shape[1] == 2:  # else there are none of the class, or no others
                 ax.plot([0, *curve[False]], [0, *curve[True]], label=classes[k])
-        if len(classes) == 2:
+        if two:
             rates = confusion[:, 1] / np.maximum(confusion.sum(1), 1)  # of false and of true positives
             ax.plot(*rates, "ko", label="threshold")
-        interval = "too few for an interval" if np.isnan(auc["low"]) else "95 % interval {low:.3f} - {high:.3f}"
-        ax.set_title(f"ROC AUC {{value:.3f}} ({interval})".format(**auc), fontsize=10)
+        interval = f"95 % interval {auc['low']:.3f} - {auc['high']:.3f}"
+        if np.isnan(auc["low"]):
+            interval = "too few for an interval"
+        ax.set_title(f"ROC AUC {auc['value']:.3f} ({interval})", fontsize=10)
         ax.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
         ax.legend(loc="lower right", frameon=False)
 
@@ -346,9 +373,8 @@ def draw_calibration(path, predictions, title):
         ax.plot([0, 1], [0, 1], ":", color="grey")
         for _, rows in predictions.groupby(place):
             came_true = rows["phenotype"] == rows["of"]
-            low, high = binomtest(came_true.sum(), len(rows)).proportion_ci(method="wilson")
             p, share = rows["p"].mean(), came_true.mean()
-            ax.plot([p, p], [low, high], "C0")
+            ax.plot([p, p], wilson(came_true), "C0")
             ax.plot(p, share, "C0o")
             ax.annotate(f" {len(rows)}", (p, share))
         names = predictions["of"].unique()
@@ -359,12 +385,12 @@ def draw_calibration(path, predictions, title):
 
 def draw_prediction_matrix(path, predictions, recipe, title):
     """Article, Figure 5: nine pictures, phenotypes in turn; green is right."""
+    looks = {"yes": ("#1a8a3a", "right"), "no": ("#d62728", "wrong")}
     with figure(path, title, (10, 10.5), nrows=3, ncols=3, sharex=True, sharey=True) as axes:
         for axis, row in zip(axes.flat, in_turn(predictions, 9, SEED).itertuples(), strict=False):
-            colour, word = ("#1a8a3a", "right") if row.right == "yes" else ("#d62728", "wrong")
+            colour, word = looks[row.right]
             show(axis, read_picture(row.file), recipe)
-            text = f"{row.sample_name[:30]}: P({row.of}) = {row.p:.3f}"
-            text += f"\ntrue phenotype: {row.phenotype} ({word})"
+            text = f"{row.sample_name[:30]}: P({row.of}) = {row.p:.3f}\ntrue phenotype: {row.phenotype} ({word})"
             axis.set_title(text, color=colour, fontsize=10)
             axis.spines[:].set(color=colour, linewidth=4)
         label_axes(axes)
@@ -372,58 +398,50 @@ def draw_prediction_matrix(path, predictions, recipe, title):
 
 # ---------------------------------------------------------------- new raw runs
 def warnings_of(statistics, cohort, recipe):
-    """What lies beyond nine of ten training runs in the statistics of a new run, as one line; '' if nothing does.
+    """What lies far beyond nine of ten training runs in the statistics of a new run, as one line; '' if nothing does.
 
-    Beyond by a margin, as a small cohort of one batch varies less than instruments do: a factor of three of total
-    intensity, a tenth of the axis for its ends, 0.05 for the share of intensity outside the axes, two bins of drift.
+    Far is a factor of three of total intensity, a tenth of the axis for its ends, 0.05 for the share of intensity
+    outside the axes, two bins of drift: a small cohort of one batch varies less than instruments do.
     """
-    low, high = pd.DataFrame(cohort).quantile(0.05), pd.DataFrame(cohort).quantile(0.95)
+    cohort = pd.DataFrame(cohort)
+    low, high = cohort.quantile(0.05), cohort.quantile(0.95)
     rt = 0.1 * (high["rt_last"] - low["rt_first"])
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
     margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
     margins["rt_shift"], margins["mz_shift"] = 2 * np.array(recipe.bin_size())
-    far = []
-    for name, margin in margins.items():
-        if not low[name] - margin <= statistics[name] <= high[name] + margin:
-            far.append(name)
-    if not low["total_intensity"] / 3 <= statistics["total_intensity"] <= 3 * high["total_intensity"]:
-        far.append("total_intensity")
+    limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items()}
+    limits["total_intensity"] = low["total_intensity"] / 3, high["total_intensity"] * 3
+    far = [name for name, (least, most) in limits.items() if not least <= statistics[name] <= most]
     return "; ".join(f"{n} is {statistics[n]:.4g} (training runs: {low[n]:.4g} to {high[n]:.4g})" for n in far)
 
 
-def predict_files(runs, files, threshold=0.5, out=None):
-    """Raw runs -> table of probabilities, converted with the checkpoint's recipe; returns the exit status.
-
-    Each picture becomes a PNG, so that a file gives what its converted picture gives. An unreadable file costs one
-    line on stderr and exit status 1.
-    """
-    if out and Path(out).exists():
-        raise InputError(f"--out {out} exists already; give another name")
+def predict_files(runs, args):
+    """Table of the probabilities of raw runs; an unreadable one costs a line on stderr and exit status 1, returned."""
+    if args.out and Path(args.out).exists():
+        raise InputError(f"--out {args.out} exists already; give another name")
     models, checkpoints = load_members(runs)
-    checkpoint, *others = checkpoints
-    recipe = checkpoint["recipe"]
-    threshold, rule = choose_threshold(models, checkpoints, threshold)
-    print(title_of(checkpoint, checkpoint["config"]["data_set"], *others), rule, "", sep="\n")
-    files, rows = files_of(files), []
-    with tempfile.TemporaryDirectory() as folder:
-        for path in tqdm(files, desc="reading", disable=None):
-            try:
-                picture, statistics = picture_of_run(path, recipe)
-            except (InputError, OSError) as error:
-                tqdm.write(f"left out: {error}", file=sys.stderr)
-                continue
-            png = Path(folder, f"{len(rows)}.png")
-            Image.fromarray(picture).save(png)
-            shifts = shifts_of(profiles_of(picture, recipe), checkpoint["profiles"], recipe)
-            warning = warnings_of(statistics | shifts, checkpoint["cohort"], recipe)
-            rows.append({"file": str(path), **shifts, "warning": warning, "path": png, "label": 0})
-        if rows:
-            pictures = pd.DataFrame(rows)
-            calls = calls_of(votes_of(models, pictures), checkpoint["config"]["classes"], threshold)
-            table = pictures[["file"]].join(calls).join(pictures[["rt_shift", "mz_shift", "warning"]])
-            print(table.to_string(index=False, float_format="{:.4f}".format))
-            if out:
-                write_table(out, table)
+    checkpoint = checkpoints[0]
+    config, recipe = checkpoint["config"], checkpoint["recipe"]
+    threshold, rule = choose_threshold(models, checkpoints, args.threshold)
+    print(title_of(checkpoints, config["data_set"]), rule, "", sep="\n")
+    files, images, rows = files_of(args.predict), [], []
+    for path in tqdm(files, desc="reading", disable=None):
+        try:
+            image, statistics = picture_of_run(path, recipe)
+        except (InputError, OSError) as error:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
+        shifts = shifts_of(profiles_of(image, recipe), checkpoint["profiles"], recipe)
+        warning = warnings_of(statistics | shifts, checkpoint["cohort"], recipe)
+        images.append(image)
+        rows.append({"file": str(path), **shifts, "warning": warning})
+    if rows:
+        measured = pd.DataFrame(rows)
+        calls = calls_of(votes_of(models, images), config["classes"], threshold)
+        table = measured[["file"]].join(calls).join(measured.drop(columns="file"))
+        print(table.to_string(index=False, float_format="{:.4f}".format))
+        if args.out:
+            write_table(args.out, table)
     return int(len(rows) < len(files))
 
 
@@ -436,43 +454,52 @@ def runs_below(paths):
     return list(dict.fromkeys(runs))
 
 
-def table_of(runs):
-    """A row for each run: its best epoch by validation loss, and what its replicates share, as text in `settings`.
+def row_of(run):
+    """A run in a comparison: its best epoch by validation loss; `settings` are what its replicates share.
 
-    A fold has chosen its epoch on its validation pictures, and is judged here on those that it held out. test_p: the
+    A fold has chosen its epoch on its validation pictures, and is judged here on those that it held out. test_p is the
     permutation p of the test AUC, where evaluate.py has found one.
     """
-    rows = []
-    for run in runs:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        settings = config["settings"]
-        seed, fold = settings.pop("seed"), settings.pop("fold")
-        epochs = pd.read_csv(run / "epochs.csv")
-        best = epochs.loc[epochs["val_loss"].idxmin()]
-        row = {"data_set": config["data_set"], "backbone": settings["backbone"]}
-        row |= {"parameters_millions": config["parameters"] / 1e6, "best_epoch": int(best["epoch"])}
-        row |= best.filter(regex="^(train|val)_").to_dict()
-        if fold is not None:
-            held_out = read_held_out(run)
-            logits = torch.tensor(held_out.filter(regex="^logit_").to_numpy())
-            row |= scores_of("val", [(logits, torch.tensor(held_out["label"]))])
-        row |= {"seconds": epochs["seconds"].sum(), "seed": seed, "fold": "" if fold is None else fold}
-        row |= {"chance_loss": config.get("chance_loss"), "notes": ", ".join(cautions(config)), "run": str(run)}
-        if (run / "metrics.json").exists():
-            row["test_p"] = json.loads((run / "metrics.json").read_text())["metrics"]["roc_auc"].get("p")
-        rows.append(row | {"settings": json.dumps(settings)})
-    return pd.DataFrame(rows).sort_values("val_loss", ignore_index=True)
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    settings = config["settings"]
+    seed, fold = settings.pop("seed"), settings.pop("fold")
+    epochs = pd.read_csv(run / "epochs.csv")
+    best = epochs.loc[epochs["val_loss"].idxmin()]
+    row = {
+        "data_set": config["data_set"],
+        "backbone": settings["backbone"],
+        "parameters_millions": config["parameters"] / 1e6,
+        "best_epoch": int(best["epoch"]),
+        **best.filter(regex="^(train|val)_"),
+        "seconds": epochs["seconds"].sum(),
+        "seed": seed,
+        "fold": "",
+        "chance_loss": config.get("chance_loss"),
+        "notes": ", ".join(cautions(config)),
+        "run": str(run),
+        "settings": json.dumps(settings),
+        "held_out": None,
+    }
+    if (run / "metrics.json").exists():
+        row["test_p"] = json.loads((run / "metrics.json").read_text())["metrics"]["roc_auc"].get("p")
+    if fold is not None:
+        pictures = read_held_out(run)
+        logits = torch.tensor(pictures.filter(regex="^logit_").to_numpy())
+        scores = scores_of("val", [(logits, torch.tensor(pictures["label"]))])
+        row |= {"fold": fold, "held_out": pictures, **scores}
+    return row
 
 
 def read_held_out(run):
     """Table of the pictures that a fold has held out, with their logits."""
-    return pd.read_csv(Path(run) / "held_out.csv", dtype={"sample_name": str, "group": str})
+    types = {"sample_name": str, "group": str}
+    return pd.read_csv(Path(run) / "held_out.csv", dtype=types, keep_default_na=False)  # a person may be called NA
 
 
-def pooled_metrics(held_out):
+def pooled_metrics(pictures):
     """'value (low-high)' of each metric over the held-out pictures of all folds of a training."""
-    logits = held_out.filter(regex="^logit_").dropna(axis=1).to_numpy()
-    table = judge(held_out["label"].to_numpy(), logits, held_out["group"].to_numpy())
+    logits = pictures.filter(regex="^logit_").dropna(axis=1).to_numpy()
+    table = judge(pictures["label"].to_numpy(), logits, pictures["group"].to_numpy())
     text = table.apply(lambda row: "{value:.3f} ({low:.3f}-{high:.3f})".format(**row), axis=1)
     return text.str.removesuffix(" (nan-nan)")
 
@@ -501,17 +528,22 @@ def dunn(groups):
     return p
 
 
-def paired(a, b):
-    """p value of the differences (of trainings x folds) of two models on the same held-out pictures.
+def paired(groups, k):
+    """p values of the differences, training by training and fold by fold, of each pair of models (seed, fold of k).
 
-    Nadeau and Bengio (2003): training sets overlap, so that the variance of the mean is larger than 1 / n of that of
-    the differences, by the size of a held-out fold over that of the k - 2 for training.
+    As training sets overlap, the variance of their mean is larger than 1 / n of that of the differences, by the size of
+    a held-out fold over that of the k - 2 for training (Nadeau and Bengio 2003).
     """
-    difference, k = (a - b).dropna(), len(a.index.unique("fold"))
-    if not difference.any():
-        return 1.0  # alike in every fold
-    error = np.sqrt(difference.var() * (1 / len(difference) + 1 / (k - 2)))
-    return 2 * t.sf(abs(difference.mean()) / error, len(difference) - 1)
+    p = []
+    for a, b in itertools.combinations(groups, 2):
+        difference = (a - b).dropna()
+        if not difference.any():
+            p.append(1.0)  # alike in every fold
+            continue
+        n = len(difference)
+        error = np.sqrt(difference.var() * (1 / n + 1 / (k - 2)))
+        p.append(2 * t.sf(abs(difference.mean()) / error, n - 1))
+    return p
 
 
 def tests_of(replicates, metrics):
@@ -524,9 +556,11 @@ def tests_of(replicates, metrics):
         if not np.ptp(np.concatenate(groups)) > 0:
             continue  # all alike, or one is undefined: nothing can be said
         if in_folds:
-            tests[name] = false_discovery_control([paired(a, b) for a, b in itertools.combinations(groups, 2)])
+            k = min(json.loads(rows["settings"].iloc[0])["folds"] for rows in replicates.values())
+            tests.loc[pairs, name] = false_discovery_control(paired(groups, k))
         else:
-            tests[name] = [kruskal(*groups).pvalue, *false_discovery_control(dunn(groups))]
+            tests.loc[pairs, name] = false_discovery_control(dunn(groups))
+            tests.loc["Kruskal-Wallis", name] = kruskal(*groups).pvalue
     return (PAIRED if in_folds else DUNN), tests
 
 
@@ -546,7 +580,9 @@ def draw_replicates(path, replicates, metrics):
 
 def compare(runs, out):
     """Tables 1 and 2 for many runs; Figure 1 or 3 and its tests for replicates among them."""
-    table = table_of(runs)
+    rows = sorted(map(row_of, runs), key=lambda row: row["val_loss"])
+    held_out = [row.pop("held_out") for row in rows]
+    table = pd.DataFrame(rows)
     metrics = [name for name in COMPARED if name in table]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns="settings"))
@@ -554,9 +590,8 @@ def compare(runs, out):
     columns += [name.replace("val_", "train_") for name in metrics]
     columns += [*metrics, "chance_loss", "test_p", "seconds", "seed", "fold", "notes"]
     parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table.filter(columns)}
-    folds = table[table["fold"] != ""]
-    if len(folds):
-        held_out = pd.concat([read_held_out(run) for run in folds["run"]])
+    if (table["fold"] != "").any():
+        held_out = pd.concat(held_out)  # without the None of other runs
         write_table(out / "out_of_fold.csv", held_out)
         pooled = held_out.groupby("training", sort=False).apply(pooled_metrics)
         parts[f"All folds of a training together. {FOLDS}"] = pooled
@@ -571,7 +606,9 @@ def compare(runs, out):
     if len(contenders) > 1:
         what, tests = tests_of(contenders, metrics)
         parts[f"p values. {what}"] = tests
-    text = [f"{title}\n\n```\n{part.to_string(float_format='{:.3g}'.format)}\n```" for title, part in parts.items()]
+    text = []
+    for title, part in parts.items():
+        text.append(f"{title}\n\n```\n{part.to_string(float_format='{:.3g}'.format)}\n```")
     write_text(out / "comparison.md", "\n\n".join(text))
     print(*text, f"results: {out}/", sep="\n\n")
 
@@ -588,12 +625,8 @@ def make_parser():
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
     threshold = "call class 1 from this probability on; val chooses it on the validation split"
     add("--threshold", type=number(float, 0, "val"), default=0.5, metavar="P|val", help=threshold)
-    add(
-        "--predict",
-        nargs="+",
-        metavar="FILE",
-        help="new raw runs, or folders; several RUNs vote; --out is never replaced",
-    )
+    new = "new raw runs, or folders; several RUNs vote; --out is never replaced"
+    add("--predict", nargs="+", metavar="FILE", help=new)
     return parser
 
 
@@ -602,12 +635,14 @@ def main():
     args = parser.parse_args()
     runs = runs_below(args.runs) if args.runs else [find_run()]
     if args.predict:
-        return predict_files(runs, args.predict, args.threshold, args.out)
-    common = os.path.commonpath([run.resolve() for run in runs])
-    common = Path(args.runs[0] if len(args.runs) == 1 else common)
-    if len(runs) == 1 or args.ensemble:
-        home = runs[0] if len(runs) == 1 else common / "ensemble"
-        return evaluate(runs, home, args.data, args.split, args.threshold, args.out)
+        return predict_files(runs, args)
+    if len(runs) == 1:
+        return evaluate(runs, runs[0], args)
+    common = Path(args.runs[0])
+    if len(args.runs) > 1:
+        common = Path(os.path.commonpath([run.resolve() for run in runs]))
+    if args.ensemble:
+        return evaluate(runs, common / "ensemble", args)
     if args.data or args.split != "test" or args.threshold != 0.5:
         parser.error(f"--data, --split and --threshold take one run, or --ensemble, not {len(runs)} runs to compare")
     return compare(runs, Path(args.out or common))

@@ -464,7 +464,7 @@ def explain(args):
     if class_name not in classes:
         raise InputError(f"--class {class_name!r} is not one of {', '.join(classes)}")
     k, layers = classes.index(class_name), choose_layers(model, args.layers)
-    title = title_of(checkpoint, f"{checkpoint['config']['data_set']}, class '{class_name}'")
+    title = title_of([checkpoint], f"{checkpoint['config']['data_set']}, class '{class_name}'")
     print(title)
     if args.input:
         table, pictures = read_input(args.input, recipe)

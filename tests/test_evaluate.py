@@ -464,6 +464,7 @@ def test_folds_are_compared_in_pairs_as_nadeau_and_bengio_do(two, tmp_path):
     """Two seeds x three folds of two models, matched by seed and fold; a shift in all of them is certain."""
     rng = np.random.default_rng(0)
     folds = pd.DataFrame({"seed": [1] * 3 + [2] * 3, "fold": [0, 1, 2] * 2, "val_loss": rng.uniform(size=6)})
+    folds["settings"] = '{"folds": 3}'
     noise = rng.normal(0, 0.1, 6)
     other = folds.assign(val_loss=folds["val_loss"] + 0.05 + noise)[::-1]  # whatever their order
     what, tests = evaluate.tests_of({"a": folds, "b": other}, ["val_loss"])
