@@ -6,14 +6,15 @@
     python explain.py --input pooled.mzML new_run.mzML.gz
 
 Three questions about a feature. t (Welch's test): do the phenotypes differ here, in these runs? evidence, the
-correlation of its intensity with the network's probability from run to run: do the calls go with it? Its size ranks the
-features, its sign is the direction, up or down in the class, and shuffled probabilities tell where chance begins (p,
-q). drop, of the logit when the feature's box is painted in the colour of zero: does the network use it, more than other
-boxes as bright (drop_p, drop_q)? Heat (LayerCAM) shows roughly where a picture's evidence lies, and whatever is bright.
+correlation of its intensity with the network's probability from run to run, drift taken out: do the calls go with it?
+Its size ranks the features, its sign is the direction, up or down in the class, and shuffled probabilities tell where
+chance begins (p, q). drop, of the logit when the feature's box is painted in the colour of zero: does the network use
+it, more than other boxes as bright (drop_p, drop_q)? Heat (LayerCAM) shows roughly where a picture's probability comes
+from, and whatever is bright.
 
 None proves a cause: a network needs only some of the compounds that differ, neighbours in a box (in_box) look the same
 to it, and calls go with something even where they are wrong: q speaks of the calls and not of the phenotypes. Where
-convert.py divided by the highest of a time, one compound moves all that elute with it: prefer --normalize global here.
+convert.py divided by the highest of a time, one compound moves all that elute with it.
 
 The ranking is of a cohort and no test: it takes all pictures. Those trained on are called by heart, so that evidence
 comes near to t; --split test asks only for the calls of unseen ones, which are fewer.
@@ -156,6 +157,22 @@ def local_intensity(picture, recipe, drift):
     return ndimage.uniform_filter(map_, (high, wide)) - ndimage.uniform_filter(map_, (20 * high + 1, wide))
 
 
+def without_drift(intensities, p, n=2, most=0.1):
+    """Intensities (N, height, width) and probabilities p (N,), both less what whole pictures have in common.
+
+    Batches and drift change whole pictures, and by chance go with p a little. They are the first n principal components
+    of the pictures, as of genotypes they are the populations (Price et al. 2006). A component that explains `most` of
+    the variance of p or more is taken for the class itself, and stays.
+    """
+    x, p = intensities.reshape(len(p), -1), p - p.mean()
+    x = x - x.mean(0)
+    _, components = np.linalg.eigh(x @ x.T)  # columns of length 1, the largest last
+    drift = components[:, -n:]
+    drift = drift[:, (drift.T @ p) ** 2 < most * (p @ p)].astype(x.dtype)
+    x -= drift @ (drift.T @ x)
+    return x.reshape(intensities.shape), p - drift @ (drift.T @ p)
+
+
 def correlation(a, b):
     """Pearson's r (F, P) of the columns of a (N, F) and b (N, P); 0 for a constant one."""
     a, b = a - a.mean(0), b - b.mean(0)
@@ -164,37 +181,39 @@ def correlation(a, b):
 
 
 def evidence_map(intensities, p):
-    """Correlation (height, width) of intensities (N, height, width) with probabilities p (N,), phenotypes unseen."""
+    """Correlation (height, width) of intensities (N, height, width) with p (N,), as without_drift leaves them.
+
+    Phenotypes are unseen. The slope instead would rank by how much a compound varies, too, whatever it goes with.
+    """
     r = correlation(intensities.reshape(len(p), -1), p[:, None])
     return r.reshape(intensities.shape[1:])
 
 
 @torch.inference_mode()
-def faithfulness(scores, u, maps, k, seed):
+def faithfulness(scores, u, maps, k):
     """Average drop and increase in confidence (Chattopadhay et al. 2018) when a picture is seen through its map.
 
-    The control is the map with its cells (16 on a side) shuffled. Better means by 1 % and by two standard errors.
+    The control is the same map moved by half of both axes. Better means by 1 % and by two standard errors.
     """
-    maps = resized(torch.from_numpy(maps).float(), (256, 256))
+    maps = torch.from_numpy(maps).float()
     maps = maps - maps.amin((1, 2), keepdim=True)
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)  # 0 ... 1
-    cells = F.unfold(maps[:, None], 16, stride=16)  # (N, pixels, cells)
-    order = torch.randperm(256, generator=torch.Generator().manual_seed(seed))
-    control = F.fold(cells[..., order], 256, 16, stride=16)[:, 0]
+    moved = maps.roll((maps.shape[1] // 2, maps.shape[2] // 2), (1, 2))
 
     def probability(u):
         return scores.probabilities(scores_of(scores, u, "faithfulness"))[:, k]
 
     whole, drops, result = probability(u), {}, {}
-    for name, mask in (("map", maps), ("random_map", control)):
+    for name, mask in (("map", maps), ("moved_map", moved)):
         seen = probability(u * resized(mask, u.shape[2:])[:, None])
-        drops[name], rises = torch.relu(whole - seen) / whole, (seen > whole).double()
+        drops[name] = torch.relu(whole - seen) / whole
+        rises = (seen > whole).double()
         result[name] = {"avg_drop": drops[name].mean().item(), "conf_increase": rises.mean().item()}
-    gain = drops["random_map"] - drops["map"]
+    gain = drops["moved_map"] - drops["map"]
     least = max(0.01, 2 * gain.std() / len(gain) ** 0.5) if len(gain) > 1 else math.inf
     word = "more" if gain.mean() > least else "less" if gain.mean() < -least else "no more"
-    seen = "seen through its map a picture's probability drops by {:.0%}, through the same map shuffled by {:.0%}"
-    seen = seen.format(drops["map"].mean(), drops["random_map"].mean())
+    seen = "seen through its map a picture's probability drops by {:.0%}, through the same map moved by {:.0%}"
+    seen = seen.format(drops["map"].mean(), drops["moved_map"].mean())
     return result | {"verdict": f"{seen}: the map is {word} faithful than chance"}
 
 
@@ -239,7 +258,7 @@ def read_features(path, recipe, query=None):
     print(f"features: {path}, {inside.sum()} inside the axes, {(~inside).sum()} outside")
     if not inside.any():
         raise InputError(f"{path}: no feature is left (--query? retention times in seconds?)")
-    return table[inside]
+    return table[inside].reset_index(drop=True)
 
 
 def at_places(maps, table, recipe):
@@ -250,14 +269,29 @@ def at_places(maps, table, recipe):
     return maps[..., rows.clip(0, height - 1), columns.clip(0, width - 1)]
 
 
-def chance(intensities, p, r, seed):
-    """p value (F,): how often do shuffled probabilities p (N,) go as well as r with a feature's intensity (N, F)?"""
+def tests_of_calls(intensities, p, seed):
+    """Table of the direction in which features' intensities (N, F) go with p (N,), and how often chance does as well.
+
+    p: the share of shuffled probabilities that correlate as much; q: the share of chance among the features up to this
+    one (Benjamini and Hochberg).
+    """
+    r = correlation(intensities, p[:, None])[:, 0]
     rng, as_good = np.random.default_rng(seed), np.ones(len(r))
     for _ in range(PERMUTATIONS // 99):
         shuffled = rng.permuted(np.tile(p, (99, 1)), axis=1)
-        by_chance = abs(correlation(intensities, shuffled.T))
-        as_good += (by_chance >= abs(r)[:, None] - 1e-6).sum(1)
-    return as_good / (1 + PERMUTATIONS)
+        by_chance = correlation(intensities, shuffled.T)
+        as_good += (abs(by_chance) >= abs(r)[:, None] - 1e-6).sum(1)
+    values = as_good / (1 + PERMUTATIONS)
+    return pd.DataFrame({"direction": np.where(r > 0, "up", "down"), "p": values, "q": false_discovery_control(values)})
+
+
+def tests_of_phenotypes(intensities, of_class):
+    """Table of Welch's t of features' intensities (N, F) and its q; of_class (N,): 1, 0, or nan where unknown."""
+    groups = intensities[of_class == 1], intensities[of_class == 0]
+    if min(map(len, groups)) < 2:
+        return pd.DataFrame({"t": np.nan, "t_q": np.nan}, range(intensities.shape[1]))
+    test = ttest_ind(*groups, equal_var=False)
+    return pd.DataFrame({"t": test.statistic, "t_q": false_discovery_control(np.nan_to_num(test.pvalue, nan=1))})
 
 
 def half_box_of(recipe, drift):
@@ -265,31 +299,18 @@ def half_box_of(recipe, drift):
     return np.array([drift, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]])
 
 
-def rank_features(table, intensities, p, of_class, evidence, heats, recipe, half_box, seed):
-    """The features by size of evidence, with p and q value, Welch's t, neighbours in the box, heat of each phenotype.
-
-    q: the share of chance among the features up to this one (Benjamini and Hochberg). Without p, where all pictures are
-    called alike, evidence is their heat, and has neither direction nor chance. of_class (N,): 1 or 0, nan if unknown.
-    """
-    own = {"rt": table["rt"], "mz": table["mz"], "name": table["name"]}
-    r, intensities = at_places(evidence, table, recipe), at_places(intensities, table, recipe).astype(float)
-    own |= {"evidence": abs(r), "direction": "", "p": math.nan, "q": math.nan, "t": math.nan, "t_q": math.nan}
-    if p is not None:
-        own["direction"] = np.where(r > 0, "up", "down")
-        own["p"] = chance(intensities, p, r, seed)
-        own["q"] = false_discovery_control(own["p"])
-    groups = intensities[of_class == 1], intensities[of_class == 0]
-    if min(map(len, groups)) > 1:
-        test = ttest_ind(*groups, equal_var=False)
-        own["t"], own["t_q"] = test.statistic, false_discovery_control(np.nan_to_num(test.pvalue, nan=1))
+def rank_features(table, tests, evidence, heats, recipe, half_box):
+    """The features by size of evidence, with their tests, neighbours in the box, and the heat of each phenotype."""
+    own = table[["rt", "mz", "name"]].assign(evidence=abs(at_places(evidence, table, recipe))).join(tests)
     places = table[["rt", "mz"]].to_numpy()
     own["in_box"] = [(abs(places - place) <= half_box).all(1).sum() - 1 for place in places]  # the others
-    own |= {f"heat_{name}": at_places(heat, table, recipe) for name, heat in heats.items()}
+    for name, heat in heats.items():
+        own[f"heat_{name}"] = at_places(heat, table, recipe)
     earlier = ["rank", "drop", "drop_p", "drop_q", *own]  # columns of an earlier answer
-    table = pd.DataFrame(own).join(table.drop(columns=earlier, errors="ignore"))
-    table = table.sort_values("evidence", ascending=False, kind="stable")
-    table.insert(0, "rank", np.arange(1, len(table) + 1))
-    return table
+    ranking = own.join(table.drop(columns=earlier, errors="ignore"))
+    ranking = ranking.sort_values("evidence", ascending=False, kind="stable")
+    ranking.insert(0, "rank", np.arange(1, len(ranking) + 1))
+    return ranking
 
 
 @torch.inference_mode()
@@ -479,9 +500,6 @@ def explain(args):
     u = (x - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
     p = scores.probabilities(scores_of(scores, u, "classifying")).numpy()  # (N, K)
     called = called_class(p)
-    alike = len(set(called)) == 1
-    if alike:
-        print(f"all are called {classes[called[0]]}: without calls to compare, evidence is their heat")
     table["caption"] = [f"P({class_name}) = {value:.2f}" for value in p[:, k]]
     unknown = ~table["phenotype"].isin(classes)  # a run that nobody labelled counts as what it is called
     of_class = (table["phenotype"] == class_name).where(~unknown).to_numpy(float)
@@ -489,9 +507,14 @@ def explain(args):
 
     maps = heat_maps(scores, layers, u, k, recipe.bins[::-1])  # (N, n_mz, n_rt)
     heats = {name: maps[rows].mean(0) for name, rows in table.groupby("phenotype").indices.items()}
-    intensities = np.array([local_intensity(picture, recipe, args.drift) for picture in pictures])
-    evidence = maps.mean(0) if alike else evidence_map(intensities, p[:, k])
-    meaning = "mean heat, in place of evidence" if alike else f"evidence: red up, blue down in {class_name}"
+    measured = np.array([local_intensity(picture, recipe, args.drift) for picture in pictures])
+    alike = len(set(called)) == 1
+    if alike:
+        print(f"all are called {classes[called[0]]}: without calls to compare, evidence is their heat")
+        evidence, meaning = maps.mean(0), "mean heat, in place of evidence"
+    else:
+        cleared, calls = without_drift(measured, p[:, k])
+        evidence, meaning = evidence_map(cleared, calls), f"evidence: red up, blue down in {class_name}"
 
     out = Path(args.out or run / "explain")
     out.mkdir(parents=True, exist_ok=True)
@@ -502,17 +525,22 @@ def explain(args):
     called_so = called == k
     result = {"class": class_name, "layers": list(layers), "pictures": int(called_so.sum())}
     if called_so.any():
-        result |= faithfulness(scores, u[called_so], maps[called_so], k, args.seed)
+        result |= faithfulness(scores, u[called_so], maps[called_so], k)
         print(result["verdict"])
     write_json(out / "faithfulness.json", result)
+
     if features is not None:
-        calls = None if alike else p[:, k]
+        tests = tests_of_phenotypes(at_places(measured, features, recipe), of_class)
+        if alike:
+            tests[["direction", "p", "q"]] = "", np.nan, np.nan
+        else:
+            tests = tests_of_calls(at_places(cleared, features, recipe), calls, args.seed).join(tests)
         half_box = half_box_of(recipe, args.drift)
-        ranking = rank_features(features, intensities, calls, of_class, evidence, heats, recipe, half_box, args.seed)
-        of_both = in_turn(table, BLANKED, args.seed).index
-        mean = np.mean([intensity_of(pictures[i], recipe.colormap) for i in of_both], axis=0)
+        ranking = rank_features(features, tests, evidence, heats, recipe, half_box)
         first = ranking.head(args.top)
         if args.top:
+            of_both = in_turn(table, BLANKED, args.seed).index
+            mean = np.mean([intensity_of(pictures[i], recipe.colormap) for i in of_both], axis=0)
             ranking = ranking.join(blanking(scores, u[of_both], k, first, mean, recipe, half_box, args.seed))
         write_table(out / "features.csv", ranking)
         write_table(out / "inclusion.csv", inclusion_list(first, args.drift))
@@ -540,7 +568,7 @@ def parse_arguments(argv=None):
     add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
     add("--drift", type=number(float, 0), default=0.3, metavar="MINUTES", help="of retention: half a box's width")
     add("--top", type=number(int, 0), default=50, help="features of the ranking to confirm by blanking")
-    add("--seed", type=number(int, 0), default=2643, help="of the pictures drawn, the random map, the control boxes")
+    add("--seed", type=number(int, 0), default=2643, help="of the pictures drawn, of chance and of the control boxes")
     return parser.parse_args(argv)
 
 

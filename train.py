@@ -659,14 +659,13 @@ def suggest_lr(losses):
     """(learning rate, why) of {rate, ascending: loss}.
 
     Where the steps teach something, by a tenth of the loss, it is half the rate of the lowest loss, a step away from
-    too much. A network that starts at random needs more steps than these: then it is the highest rate that has done no
-    harm, by a twentieth.
+    too much. A network that starts at random needs more steps than these: then it is the highest rate that does no
+    harm, within a twentieth of the lowest loss.
     """
-    first = next(iter(losses.values()))
     lr = min(losses, key=losses.get)
-    if losses[lr] < 0.9 * first:
+    if losses[lr] < 0.9 * losses[min(losses)]:
         return float(lr / 2), "half the rate of lowest loss"
-    return float(max(rate for rate, loss in losses.items() if loss <= 1.05 * first)), "highest rate without harm"
+    return float(max(rate for rate in losses if losses[rate] <= 1.05 * losses[lr])), "highest rate without harm"
 
 
 # ---------------------------------------------------------------- one training

@@ -10,6 +10,7 @@ brackets. `ranking` has cohorts of its own, and a row for each.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
-from scipy.stats import false_discovery_control, ttest_ind
+from scipy.stats import binomtest, ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import convert
@@ -126,12 +127,30 @@ def augmentation():
         )
 
 
+def only_one_right():
+    """Test runs that only the pixels, or only a network, call right, all cohorts together, and the exact sign test."""
+    print("| | 40 runs: pixels, network, p | 280 runs: pixels, network, p |\n| --- | --- | --- |")
+    flags = {name: [*flags, *AUGMENTATIONS["physical"]] for name, flags in MODELS.items()}
+    for model in ("frozen", "whole"):
+        cells = []
+        for data in SIZES.values():
+            right = {}
+            for name in ("pixels", model):
+                runs = [run_of(f"{data}{seed}", f"{name}-physical", flags[name]) for seed in SEEDS]
+                right[name] = pd.concat([pd.read_csv(run / "predictions.csv")["right"] == "yes" for run in runs])
+            pixels, network = (right["pixels"] & ~right[model]).sum(), (right[model] & ~right["pixels"]).sum()
+            cells.append(f"{pixels}, {network}, {binomtest(pixels, pixels + network).pvalue:.2g}")
+        print(f"| {model} | {' | '.join(cells)} |")
+
+
 def rates():
     columns = ["accuracy", "validation loss", "highest training loss / ln 2"]
     rows = {f"whole, {lr}": (f"whole-lr{lr}", [*NETWORK, "--lr", lr]) for lr in (0.003, 0.03, "auto")}
     rows["whole, 0.01"] = "whole-physical", [*MODELS["whole"], *AUGMENTATIONS["physical"]]
     for lr in (0.003, 0.01, 0.03, 0.1, "auto"):
         rows[f"pixels, Adamax, {lr}"] = f"pixels-lr{lr}", [*MODELS["pixels"], "--optimizer", "adamax", "--lr", lr]
+        rows[f"frozen, Adamax, {lr}"] = f"frozen-lr{lr}", [*MODELS["frozen"], "--optimizer", "adamax", "--lr", lr]
+    rows["frozen, solved"] = "frozen-physical", [*MODELS["frozen"], *AUGMENTATIONS["physical"]]
     rows["pixels, solved"] = "pixels-physical", [*MODELS["pixels"], *AUGMENTATIONS["physical"]]
     table_of(rows, columns)
 
@@ -198,21 +217,24 @@ def ranked(run, data, drift=0.3):
     u = (x - scores.zero).contiguous()
     p = scores.probabilities(explain.scores_of(scores, u)).numpy()[:, 1]
     intensities = np.array([explain.local_intensity(picture, recipe, drift) for picture in pictures])
-    intensities = explain.at_places(intensities, features, recipe)  # (N, F)
-    r = explain.correlation(intensities, p[:, None])[:, 0]
-    r_test = explain.correlation(intensities[test], p[test, None])[:, 0]
-    t = ttest_ind(intensities[exposed], intensities[~exposed], equal_var=False).statistic
+    cleared, calls = explain.without_drift(intensities, p)
+    r = explain.at_places(explain.evidence_map(cleared, calls), features, recipe)
+    r_test = explain.evidence_map(*explain.without_drift(intensities[test], p[test]))
+    r_test = explain.at_places(r_test, features, recipe)
+    found = explain.tests_of_calls(explain.at_places(cleared, features, recipe), calls, seed=0)["q"] < 0.05
+    measured = explain.at_places(intensities, features, recipe)  # (N, F)
+    t = ttest_ind(measured[exposed], measured[~exposed], equal_var=False).statistic
     heat = explain.heat_maps(scores, explain.choose_layers(model), u[exposed], 1, recipe.bins[::-1]).mean(0)
     heat = explain.at_places(heat, features, recipe)
 
     order = np.argsort(-abs(r))
-    found = false_discovery_control(explain.chance(intensities, p, r, seed=0)) < 0.05
     hits = found & planted
+    right = hits & (up == (r > 0))
     aucs = {"evidence": r, "of test pictures": r_test, "LayerCAM": heat, "t-test of phenotypes": t}
     row = {"AUC of calls, test": f"{deeplcms.roc_auc(exposed[test], p[test]):.3f}"}
     row |= {name: f"{deeplcms.roc_auc(planted, abs(values)):.3f}" for name, values in aucs.items()}
     row["planted in 10, 24, 50"] = ", ".join(str(planted[order[:n]].sum()) for n in (10, 24, 50))
-    row["q < 0.05, planted, in the right direction"] = f"{found.sum()}, {hits.sum()}, {(hits & (up == (r > 0))).sum()}"
+    row["q < 0.05, planted, in the right direction"] = f"{found.sum()}, {hits.sum()}, {right.sum()}"
     return row
 
 
@@ -241,23 +263,22 @@ def ranking():
 
 def bins():
     """The same runs in finer pictures: does what a picture knows of a compound grow, and the evidence with it?"""
-    print("| Cohort | Bins | t-test of phenotypes | evidence: pixels | network |\n" + "| --- " * 5 + "|")
-    for kind in ("demo", "crowd"):
-        for seed in SEEDS:
-            source = demo_of(seed) if kind == "demo" else Path(f"crowd{seed}")
-            if not (source / "samples.csv").exists():
-                crowd(source, seed)
-            for n in (256, 512, 1024):
-                data = Path(f"{source}-{n}")
-                axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", n, "--test", 0.15, "--seed", seed]
-                call(convert.main, source / "raw", source / "raw/samples.csv", data, *axes)
-                shutil.copy(source / "features.csv", data)
-                models = {"pixels": [*MODELS["pixels"], "--image-size", 128]}
-                if n == 1024:
-                    models["network"] = [*NETWORK, "--lr", 0.03, "--finetune", "all"]
-                rows = [ranked(run_of(data, name, [*flags, "--seed", seed]), data) for name, flags in models.items()]
-                cells = [rows[0]["t-test of phenotypes"], *[row["evidence"] for row in rows]]
-                print(f"| {source} | {n} | {' | '.join(cells)} |", flush=True)
+    print("| Cohort | Bins | Divided by | t-test of phenotypes | evidence: pixels | network |\n" + "| --- " * 6 + "|")
+    for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
+        source = demo_of(seed) if kind == "demo" else Path(f"crowd{seed}")
+        if not (source / "samples.csv").exists():
+            crowd(source, seed)
+        for normalize, n in itertools.product(("rt", "global"), (256, 512, 1024)):
+            data = Path(f"{source}-{n}" + "-global" * (normalize == "global"))
+            axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", n, "--test", 0.15, "--seed", seed]
+            call(convert.main, source / "raw", source / "raw/samples.csv", data, *axes, "--normalize", normalize)
+            shutil.copy(source / "features.csv", data)
+            models = {"pixels": [*MODELS["pixels"], "--image-size", 128]}
+            if n == 1024:
+                models["network"] = [*NETWORK, "--lr", 0.03, "--finetune", "all"]
+            rows = [ranked(run_of(data, name, [*flags, "--seed", seed]), data) for name, flags in models.items()]
+            cells = [rows[0]["t-test of phenotypes"], *[row["evidence"] for row in rows]]
+            print(f"| {source} | {n} | {normalize} | {' | '.join(cells)} |", flush=True)
 
 
 # ---------------------------------------------------------------- how often blanking is wrong
@@ -391,7 +412,20 @@ def shuffled_folds():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = cohorts, augmentation, rates, votes, shuffled, ranking, bins, blanking, confounded, drift, shuffled_folds
+    tables = (
+        cohorts,
+        augmentation,
+        only_one_right,
+        rates,
+        votes,
+        shuffled,
+        ranking,
+        bins,
+        blanking,
+        confounded,
+        drift,
+        shuffled_folds,
+    )
     tables = {function.__name__: function for function in tables}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")

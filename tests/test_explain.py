@@ -69,7 +69,7 @@ def test_the_planted_peak_leads_regions_and_ranking(two, network, name, capsys):
         with Image.open(out / figure) as image:
             assert min(image.size) > 500
     faithfulness = json.loads((out / "faithfulness.json").read_text())
-    assert 0 <= faithfulness["map"]["avg_drop"] <= 1 and "random_map" in faithfulness
+    assert 0 <= faithfulness["map"]["avg_drop"] <= 1 and "moved_map" in faithfulness
 
 
 def test_the_other_class_has_an_answer_of_its_own(two, tmp_path):
@@ -116,10 +116,28 @@ def test_evidence_is_what_goes_with_the_calls_however_bright():
     intensities[:, 3, 1] -= 0.5 * p
     intensities[:, 2, 2] += 5  # bright in all
     intensities[:, 1, 1] = 0.3
-    evidence = explain.evidence_map(intensities, p)
-    assert evidence.shape == (4, 5) and evidence[0, 0] > 0.9 and evidence[3, 1] < -0.9 and evidence[1, 1] == 0
+    evidence = explain.evidence_map(*explain.without_drift(intensities, p))
+    assert evidence.shape == (4, 5) and evidence[0, 0] > 0.9 and evidence[3, 1] < -0.9
+    assert evidence[1, 1] == 0
     evidence[0, 0] = evidence[3, 1] = 0
     assert abs(evidence).max() < 0.4
+
+
+def test_what_whole_pictures_have_in_common_is_taken_out_unless_it_is_the_class():
+    rng = np.random.default_rng(0)
+    batch, called = np.repeat([0.0, 1.0], 40), np.tile([0.0, 1.0], 40)
+    p = 0.7 * called + 0.2 * batch + rng.uniform(0, 0.1, 80)  # the network has learned a little of the batch
+    intensities = rng.normal(0, 0.1, (80, 10, 10))
+    intensities[:, 5:] += batch[:, None, None]
+    intensities[:, 2, 3] += 0.3 * called
+    evidence = explain.evidence_map(*explain.without_drift(intensities, p))
+    before = explain.evidence_map(intensities, p)
+    assert np.unravel_index(abs(evidence).argmax(), evidence.shape) == (2, 3)
+    assert abs(evidence[5:]).mean() < 0.12 < 0.24 < abs(before[5:]).mean()
+    # Most of what is measured differs between the classes: that is no drift.
+    intensities[:, 5:] += called[:, None, None] - batch[:, None, None]
+    evidence = explain.evidence_map(*explain.without_drift(intensities, p))
+    assert evidence[5:].min() > 0.9
 
 
 def test_chance_agrees_with_the_textbook_where_that_applies():
@@ -127,10 +145,9 @@ def test_chance_agrees_with_the_textbook_where_that_applies():
     p = rng.uniform(size=100)
     intensities = rng.normal(size=(100, 300))
     intensities[:, 0] += 2 * p
-    r = explain.correlation(intensities, p[:, None])[:, 0]
-    values = explain.chance(intensities, p, r, seed=0)
-    assert values[0] == values.min() == 1 / 10000
-    assert np.allclose(values, pearsonr(intensities, p[:, None]).pvalue, atol=0.02)
+    table = explain.tests_of_calls(intensities, p, seed=0)
+    assert table["p"][0] == table["p"].min() == 1 / 10000 and table["direction"][0] == "up"
+    assert np.allclose(table["p"], pearsonr(intensities, p[:, None]).pvalue, atol=0.02)
 
 
 def test_blanking_passes_what_is_used_and_of_the_rest_no_more_than_chance():
@@ -173,10 +190,9 @@ def test_t_asks_the_known_phenotypes_and_in_box_counts_the_neighbours():
     of_class = np.array([1.0] * 5 + [np.nan] + [0.0] * 6)
 
     def ranked(of_class, drift=0.3):
+        tests = explain.tests_of_phenotypes(explain.at_places(intensities, table, RECIPE), of_class)
         half_box = explain.half_box_of(RECIPE, drift)
-        evidence = np.zeros((64, 64))
-        answer = explain.rank_features(table, intensities, None, of_class, evidence, {}, RECIPE, half_box, 0)
-        return answer.set_index("name")
+        return explain.rank_features(table, tests, np.zeros((64, 64)), {}, RECIPE, half_box).set_index("name")
 
     found = ranked(of_class)
     expected = ttest_ind(intensities[:5, 10, 20], intensities[6:, 10, 20], equal_var=False)
@@ -187,7 +203,7 @@ def test_t_asks_the_known_phenotypes_and_in_box_counts_the_neighbours():
         assert ranked(few)[["t", "t_q"]].isna().all(axis=None)
 
 
-def test_faithfulness_says_in_words_whether_a_map_beats_itself_shuffled():
+def test_faithfulness_says_in_words_whether_a_map_beats_itself_elsewhere():
     scores = explain.Scores(Classifier("pixels", 1, 16, 64).eval(), RECIPE)
     weights = torch.zeros(3, 16, 16)
     weights[:, 4, 4] = 5.0
@@ -197,10 +213,10 @@ def test_faithfulness_says_in_words_whether_a_map_beats_itself_shuffled():
     for there, elsewhere in ((1, 0), (0, 1), (1, 1)):
         maps[:] = elsewhere
         maps[:, 12:24, 12:24] = there
-        verdicts.append(explain.faithfulness(scores, u, maps, 1, seed=0)["verdict"])
+        verdicts.append(explain.faithfulness(scores, u, maps, 1)["verdict"])
     for verdict, word in zip(verdicts, ("more", "less", "no more"), strict=True):
         assert verdict.endswith(f": the map is {word} faithful than chance")
-    assert explain.faithfulness(scores, u[:1], maps[:1], 1, seed=0)["verdict"].endswith("no more faithful than chance")
+    assert explain.faithfulness(scores, u[:1], maps[:1], 1)["verdict"].endswith("no more faithful than chance")
 
 
 def test_all_maps_of_a_figure_share_one_scale(tmp_path, monkeypatch):
@@ -316,7 +332,7 @@ def test_peak_lists_and_plain_tables_are_read(tmp_path):
 )
 def test_queries_of_the_article_select_features(tmp_path, query, rows):
     (tmp_path / "features.csv").write_text("\n".join(MSDIAL))
-    assert list(explain.read_features(tmp_path / "features.csv", RECIPE, query).index) == rows
+    assert list(explain.read_features(tmp_path / "features.csv", RECIPE, query)["alignment_id"]) == rows
 
 
 def test_tokens_and_channels_last_maps_become_channels_first():
