@@ -636,7 +636,7 @@ def find_lr(model, loader, args, run=None, n_steps=8):
             break
     model.load_state_dict(before, strict=False)
     model.zero_grad()
-    lr, reason = suggest_lr(losses)
+    lr, reason = suggest_lr(losses, model.frozen)
     if run and RANK == 0:
         table = pd.DataFrame({"lr": losses.keys(), "loss": losses.values()})
         write_table(run / "lr_find.csv", table)
@@ -655,17 +655,20 @@ def endless(loader):
         yield from loader
 
 
-def suggest_lr(losses):
+def suggest_lr(losses, frozen):
     """(learning rate, why) of {rate, ascending: loss}.
 
-    Where the steps teach something, by a tenth of the loss, it is half the rate of the lowest loss, a step away from
-    too much. A network that starts at random needs more steps than these: then it is the highest rate that does no
-    harm, within a twentieth of the lowest loss.
+    A head on a frozen backbone learns at once: half the rate of the lowest loss is a step away from too much. So may a
+    whole network, by a tenth of the loss; one that starts at random needs more steps than these, and then it is the
+    highest rate that has done no harm, by a twentieth.
     """
-    lr = min(losses, key=losses.get)
-    if losses[lr] < 0.9 * losses[min(losses)]:
-        return float(lr / 2), "half the rate of lowest loss"
-    return float(max(rate for rate in losses if losses[rate] <= 1.05 * losses[lr])), "highest rate without harm"
+    first = next(iter(losses.values()))
+    lowest = min(losses, key=losses.get)
+    if frozen:
+        return float(lowest / 2), "half the rate of lowest loss"
+    if losses[lowest] < 0.9 * first:
+        return float(lowest), "lowest loss"
+    return float(max(rate for rate, loss in losses.items() if loss <= 1.05 * first)), "highest rate without harm"
 
 
 # ---------------------------------------------------------------- one training

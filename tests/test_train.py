@@ -251,8 +251,11 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
     batches = itertools.islice(train.endless(loaders["train"]), 8)
     outputs = [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
     assert train.loss_of(*train.collect(outputs[4:])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
-    assert train.suggest_lr({1e-3: 0.69, 1e-2: 0.5, 1e-1: 0.6}) == (5e-3, "half the rate of lowest loss")
-    assert train.suggest_lr({1e-3: 0.69, 1e-2: 0.68, 2e-2: 0.7, 1e-1: 3.0}) == (2e-2, "highest rate without harm")
+    learns = {1e-3: 0.69, 1e-2: 0.5, 1e-1: 0.6}
+    assert train.suggest_lr(learns, frozen=False) == (1e-2, "lowest loss")
+    assert train.suggest_lr(learns, frozen=True) == (5e-3, "half the rate of lowest loss")
+    slow = {1e-3: 0.69, 1e-2: 0.68, 2e-2: 0.7, 1e-1: 3.0}
+    assert train.suggest_lr(slow, frozen=False) == (2e-2, "highest rate without harm")
 
 
 def test_the_head_of_a_frozen_backbone_is_solved_and_no_penalty_beats_the_chosen_one(demo, tmp_path):
