@@ -155,6 +155,25 @@ def rates():
     table_of(rows, columns)
 
 
+def rates_over_seeds():
+    """The whole network, each cohort with several seeds of training: how low, and how shaken?"""
+    print("| | 40 runs: lowest validation loss, its standard error, highest training loss / ln 2 | 280 runs |")
+    print("| --- | --- | --- |")
+    for lr in (0.01, 0.03, 0.1, "auto"):
+        cells = []
+        for size, n_seeds in (("small", 8), ("cohort", 3)):
+            histories = []
+            for seed in SEEDS:
+                name = f"seeds-lr{lr}-{size}{seed}"
+                more = ["--lr", lr, "--repeats", n_seeds]
+                call(train.main, "--data", f"{size}{seed}", "--name", name, "--workers", 0, *NETWORK, *more)
+                histories += [pd.read_csv(path) for path in Path("runs", name).glob("*/seed*/epochs.csv")]
+            losses = pd.Series([history["val_loss"].min() for history in histories])
+            highest = max(history["train_loss"].max() for history in histories) / math.log(2)
+            cells.append(f"{losses.mean():.3f}, {losses.sem():.3f}, {highest:.2f}")
+        print(f"| whole, {lr} | {' | '.join(cells)} |", flush=True)
+
+
 def votes():
     """Folds of the 40 runs vote, beside one training and beside seeds."""
     rows = {"one training": [], "five folds vote": ["--folds", 5], "ten folds vote": ["--folds", 10]}
@@ -417,6 +436,7 @@ if __name__ == "__main__":
         augmentation,
         only_one_right,
         rates,
+        rates_over_seeds,
         votes,
         shuffled,
         ranking,
