@@ -153,8 +153,10 @@ def local_intensity(picture, recipe, drift):
     highest bin of a time is 1.
     """
     map_ = intensity_of(picture, recipe.colormap)
-    wide, high = 2 * round(drift / recipe.bin_size()[0]) + 1, 2 * round(max(recipe.sigma, 1) / 2) + 1
-    return ndimage.uniform_filter(map_, (high, wide)) - ndimage.uniform_filter(map_, (20 * high + 1, wide))
+    wide = 2 * round(drift / recipe.bin_size()[0]) + 1
+    high = 2 * round(max(recipe.sigma, 1) / 2) + 1
+    around = ndimage.uniform_filter(map_, (20 * high + 1, wide))
+    return ndimage.uniform_filter(map_, (high, wide)) - around
 
 
 def without_drift(intensities, p, n=2, most=0.1):
@@ -281,8 +283,9 @@ def tests_of_calls(intensities, p, seed):
         shuffled = rng.permuted(np.tile(p, (99, 1)), axis=1)
         by_chance = correlation(intensities, shuffled.T)
         as_good += (abs(by_chance) >= abs(r)[:, None] - 1e-6).sum(1)
-    values = as_good / (1 + PERMUTATIONS)
-    return pd.DataFrame({"direction": np.where(r > 0, "up", "down"), "p": values, "q": false_discovery_control(values)})
+    table = pd.DataFrame({"direction": np.where(r > 0, "up", "down"), "p": as_good / (1 + PERMUTATIONS)})
+    table["q"] = false_discovery_control(table["p"])
+    return table
 
 
 def tests_of_phenotypes(intensities, of_class):
@@ -291,7 +294,8 @@ def tests_of_phenotypes(intensities, of_class):
     if min(map(len, groups)) < 2:
         return pd.DataFrame({"t": np.nan, "t_q": np.nan}, range(intensities.shape[1]))
     test = ttest_ind(*groups, equal_var=False)
-    return pd.DataFrame({"t": test.statistic, "t_q": false_discovery_control(np.nan_to_num(test.pvalue, nan=1))})
+    p = np.nan_to_num(test.pvalue, nan=1)  # nan: nothing is measured there
+    return pd.DataFrame({"t": test.statistic, "t_q": false_discovery_control(p)})
 
 
 def half_box_of(recipe, drift):
@@ -301,7 +305,9 @@ def half_box_of(recipe, drift):
 
 def rank_features(table, tests, evidence, heats, recipe, half_box):
     """The features by size of evidence, with their tests, neighbours in the box, and the heat of each phenotype."""
-    own = table[["rt", "mz", "name"]].assign(evidence=abs(at_places(evidence, table, recipe))).join(tests)
+    own = table[["rt", "mz", "name"]].copy()
+    own["evidence"] = abs(at_places(evidence, table, recipe))
+    own = own.join(tests)
     places = table[["rt", "mz"]].to_numpy()
     own["in_box"] = [(abs(places - place) <= half_box).all(1).sum() - 1 for place in places]  # the others
     for name, heat in heats.items():
