@@ -615,13 +615,14 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
 
 
 # ---------------------------------------------------------------- learning-rate range test
-def find_lr(model, loader, args, run=None, n_steps=8):
+def find_lr(model, loader, args, run=None):
     """Learning rate whose first steps lower the loss most; leaves everything else as it was.
 
     Smith's range test (2017, arXiv:1506.01186) raises the rate from step to step. On small data sets its curve is the
     progress of the steps before, not of the rate; so here every rate, four a decade, starts from the same weights and
     takes the same batches, and its loss is that of the later half of them. Writes lr_find.csv and .png into `run`.
     """
+    n_steps = 8 if model.frozen else 16  # a head learns at once, a network that starts at random does not
     before = trained_weights(model)
     batches = list(itertools.islice(endless(loader), n_steps))
     network, losses = distributed(model), {}
@@ -658,15 +659,15 @@ def endless(loader):
 def suggest_lr(losses, frozen):
     """(learning rate, why) of {rate, ascending: loss}.
 
-    A head on a frozen backbone learns at once: half the rate of the lowest loss is a step away from too much. So may a
-    whole network, by a tenth of the loss; one that starts at random needs more steps than these, and then it is the
-    highest rate that has done no harm, by a twentieth.
+    On a frozen backbone half the rate of the lowest loss, a step away from too much. A whole network that learns in so
+    few steps, by a twentieth of the loss, gets the rate of the lowest; one that starts at random may not, and then it
+    is the highest rate that has done no harm, by a twentieth.
     """
     first = next(iter(losses.values()))
     lowest = min(losses, key=losses.get)
     if frozen:
         return float(lowest / 2), "half the rate of lowest loss"
-    if losses[lowest] < 0.9 * first:
+    if losses[lowest] < 0.95 * first:
         return float(lowest), "lowest loss"
     return float(max(rate for rate, loss in losses.items() if loss <= 1.05 * first)), "highest rate without harm"
 

@@ -235,7 +235,7 @@ def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_pat
 
 
 def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
-    """Each rate's loss is that of eight steps from the first weights, whatever rates were tried before it."""
+    """Each rate's loss is that of sixteen steps from the first weights, whatever rates were tried before it."""
     arguments = ["--backbone", "test_resnet", "--data", str(demo), *map(str, TINY)]
     [args] = train.trainings_of(train.parse_arguments(arguments))
     pictures, recipe = deeplcms.find_pictures(demo, ("train", "val"))
@@ -248,9 +248,9 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
     curve = pd.read_csv(tmp_path / "lr_find.csv")
     assert curve["lr"].isin([lr, 2 * lr]).any() and len(curve) > 10
     optimizer, scaler = train.make_optimizer(model.train(), args, curve["lr"][9])
-    batches = itertools.islice(train.endless(loaders["train"]), 8)
+    batches = itertools.islice(train.endless(loaders["train"]), 16)
     outputs = [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
-    assert train.loss_of(*train.collect(outputs[4:])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
+    assert train.loss_of(*train.collect(outputs[8:])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
     learns = {1e-3: 0.69, 1e-2: 0.5, 1e-1: 0.6}
     assert train.suggest_lr(learns, frozen=False) == (1e-2, "lowest loss")
     assert train.suggest_lr(learns, frozen=True) == (5e-3, "half the rate of lowest loss")
