@@ -472,6 +472,8 @@ def test_folds_are_compared_in_pairs_as_nadeau_and_bengio_do(two, tmp_path):
     t = d.mean() / (d.std(ddof=1) * np.sqrt(1 / 6 + 1))  # one fold is held out, one chooses, one trains
     assert "Nadeau and Bengio" in what and list(tests.index) == ["a / b"]
     assert tests["val_loss"]["a / b"] == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5))
+    two_done = {"a": folds[folds["fold"] < 2], "b": other[other["fold"] < 2]}  # of three
+    assert 0 < evaluate.tests_of(two_done, ["val_loss"])[1]["val_loss"]["a / b"] < 1
     same = {"a": folds, "b": other, "c": folds}
     _, tests = evaluate.tests_of({k: v.assign(val_f1=[np.nan] * 6) for k, v in same.items()}, ["val_loss", "val_f1"])
     assert tests["val_loss"]["a / c"] == 1 and tests["val_f1"].isna().all()  # alike in every fold; undefined
