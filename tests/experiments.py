@@ -221,7 +221,7 @@ def crowd(folder, seed, n_runs=150):
     call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *axes)
 
 
-def ranked(run, data, drift=0.3):
+def ranked(run, data, drift=0.3, most=0.1):
     """{column: text} of a run: how well do several rankings separate planted from background features?"""
     model, checkpoint = train.load_run(run)
     recipe = checkpoint["recipe"]
@@ -236,9 +236,9 @@ def ranked(run, data, drift=0.3):
     u = (x - scores.zero).contiguous()
     p = scores.probabilities(explain.scores_of(scores, u)).numpy()[:, 1]
     intensities = np.array([explain.local_intensity(picture, recipe, drift) for picture in pictures])
-    cleared, calls = explain.without_drift(intensities, p)
+    cleared, calls = explain.without_drift(intensities, p, most=most)
     r = explain.at_places(explain.evidence_map(cleared, calls), features, recipe)
-    r_test = explain.evidence_map(*explain.without_drift(intensities[test], p[test]))
+    r_test = explain.evidence_map(*explain.without_drift(intensities[test], p[test], most=most))
     r_test = explain.at_places(r_test, features, recipe)
     found = explain.tests_of_calls(explain.at_places(cleared, features, recipe), calls, seed=0)["q"] < 0.05
     measured = explain.at_places(intensities, features, recipe)  # (N, F)
@@ -298,6 +298,24 @@ def bins():
             rows = [ranked(run_of(data, name, [*flags, "--seed", seed]), data) for name, flags in models.items()]
             cells = [rows[0]["t-test of phenotypes"], *[row["evidence"] for row in rows]]
             print(f"| {source} | {n} | {normalize} | {' | '.join(cells)} |", flush=True)
+
+
+def unseen():
+    """Pixels on cohorts that took no part in choosing how evidence is found."""
+    print("| Cohort | Bins | evidence, nothing taken out | evidence | t-test of phenotypes |\n" + "| --- " * 5 + "|")
+    for kind, seed in itertools.product(("demo", "crowd"), (3, 4)):
+        source = demo_of(seed) if kind == "demo" else Path(f"crowd{seed}")
+        if not (source / "samples.csv").exists():
+            crowd(source, seed)
+        for n in (256, 1024):
+            data = Path(f"{source}-{n}")
+            axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", n, "--test", 0.15, "--seed", seed]
+            call(convert.main, source / "raw", source / "raw/samples.csv", data, *axes)
+            shutil.copy(source / "features.csv", data)
+            run = run_of(data, "pixels", [*MODELS["pixels"], "--image-size", 128, "--seed", seed])
+            row = ranked(run, data)
+            cells = [ranked(run, data, most=0)["evidence"], row["evidence"], row["t-test of phenotypes"]]
+            print(f"| {source} | {n} | {' | '.join(cells)} |", flush=True)
 
 
 # ---------------------------------------------------------------- how often blanking is wrong
@@ -441,6 +459,7 @@ if __name__ == "__main__":
         shuffled,
         ranking,
         bins,
+        unseen,
         blanking,
         confounded,
         drift,
@@ -453,6 +472,6 @@ if __name__ == "__main__":
     Path(args.out).mkdir(exist_ok=True)
     os.chdir(args.out)
     torch.set_num_threads(1)
-    if args.table not in ("cohorts", "ranking", "bins", "confounded", "drift"):
+    if args.table not in ("cohorts", "ranking", "bins", "unseen", "confounded", "drift"):
         cohorts()
     tables[args.table]()
