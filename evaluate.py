@@ -27,7 +27,7 @@ from deeplcms import SPLITS, InputError, Parser, figure, number, run_script, wri
 from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, in_turn
 from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, profiles_of
 from deeplcms import read_picture, roc_auc, shifts_of, show
-from train import evaluation_transform, find_run, load_run, predict, scores_of
+from train import find_run, inputs_of, load_run, predict, scores_of
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
@@ -111,9 +111,7 @@ def votes_of(models, images):
     """Probability (member, picture, class) that each model gives to each class for each picture, uint8 (H, W, 3)."""
     votes = []
     for model in models:
-        transform = evaluation_transform(model)
-        x = torch.stack([transform(image) for image in images])  # (N, 3, size, size)
-        batches = tqdm(x.split(32), desc="classifying", disable=None, leave=False)
+        batches = tqdm(inputs_of(model, images).split(32), desc="classifying", disable=None, leave=False)
         outputs = predict(model, ((batch, None) for batch in batches))
         votes.append(probabilities_of(torch.cat([logits for logits, _ in outputs])))
     return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit

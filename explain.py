@@ -46,7 +46,7 @@ from deeplcms import SPLITS, InputError, Parser, figure, label_axes, run_script,
 from deeplcms import called_class, check_recipe, files_of, first_line, in_turn, intensity_of, is_run
 from deeplcms import number, picture_of_run, read_picture, read_table, read_text, show
 from evaluate import originals_of, title_of
-from train import DEVICE, evaluation_transform, find_run, load_run, to_channels_first
+from train import DEVICE, find_run, inputs_of, load_run, to_channels_first
 
 BATCH, PERMUTATIONS = 16, 9999
 BLANKED, CONTROLS = 32, 200  # pictures in which boxes are blanked, and boxes to compare with
@@ -502,8 +502,7 @@ def explain(args):
     features = read_features(path, recipe, args.query) if args.features or args.query or path.exists() else None
 
     scores = Scores(model, recipe).to(DEVICE).eval()
-    x = torch.stack([evaluation_transform(model)(picture) for picture in pictures])
-    u = (x - scores.zero.cpu()).contiguous()  # (N, 3, size, size)
+    u = inputs_of(model, pictures) - scores.zero.cpu()  # (N, 3, size, size)
     p = scores.probabilities(scores_of(scores, u, "classifying")).numpy()  # (N, K)
     called = called_class(p)
     table["caption"] = [f"P({class_name}) = {value:.2f}" for value in p[:, k]]

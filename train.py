@@ -121,6 +121,12 @@ def evaluation_transform(model):
     return v2.Compose([v2.ToImage(), squash, scale, v2.Normalize(model.mean, model.std), v2.ToPureTensor()])
 
 
+def inputs_of(model, pictures):
+    """Pictures [uint8 (H, W, 3)] as the model takes them, float (N, 3, size, size)."""
+    transform = evaluation_transform(model)
+    return torch.stack([transform(picture) for picture in pictures]).contiguous()
+
+
 def training_transform(model, recipe, args):
     """The evaluation transform of the picture of a run that an instrument, or a camera, could have measured instead.
 

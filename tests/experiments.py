@@ -232,8 +232,7 @@ def ranked(run, data, drift=0.3, most=0.1):
     exposed, test = np.array(table["phenotype"] == "exposed"), np.array(table["split"] == "test")
 
     scores = explain.Scores(model, recipe).eval()
-    x = torch.stack([train.evaluation_transform(model)(picture) for picture in pictures])
-    u = (x - scores.zero).contiguous()
+    u = train.inputs_of(model, pictures) - scores.zero
     p = scores.probabilities(explain.scores_of(scores, u)).numpy()[:, 1]
     intensities = np.array([explain.local_intensity(picture, recipe, drift) for picture in pictures])
     cleared, calls = explain.without_drift(intensities, p, most=most)
@@ -267,11 +266,7 @@ def ranking():
     header = None
     for kind in ("demo", "crowd"):
         for seed in SEEDS:
-            data = Path(f"{kind}{seed}")
-            if kind == "demo":
-                demo_of(seed)
-            elif not (data / "samples.csv").exists():
-                crowd(data, seed)
+            data = cohort_of(kind, seed)
             for model, flags in models.items():
                 row = ranked(run_of(data, model.replace(", ", "-"), [*flags, "--seed", seed]), data)
                 if header is None:
@@ -284,14 +279,9 @@ def bins():
     """The same runs in finer pictures: does what a picture knows of a compound grow, and the evidence with it?"""
     print("| Cohort | Bins | Divided by | t-test of phenotypes | evidence: pixels | network |\n" + "| --- " * 6 + "|")
     for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
-        source = demo_of(seed) if kind == "demo" else Path(f"crowd{seed}")
-        if not (source / "samples.csv").exists():
-            crowd(source, seed)
+        source = cohort_of(kind, seed)
         for normalize, n in itertools.product(("rt", "global"), (256, 512, 1024)):
-            data = Path(f"{source}-{n}" + "-global" * (normalize == "global"))
-            axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", n, "--test", 0.15, "--seed", seed]
-            call(convert.main, source / "raw", source / "raw/samples.csv", data, *axes, "--normalize", normalize)
-            shutil.copy(source / "features.csv", data)
+            data = in_bins(source, seed, n, normalize)
             models = {"pixels": [*MODELS["pixels"], "--image-size", 128]}
             if n == 1024:
                 models["network"] = [*NETWORK, "--lr", 0.03, "--finetune", "all"]
@@ -300,18 +290,32 @@ def bins():
             print(f"| {source} | {n} | {normalize} | {' | '.join(cells)} |", flush=True)
 
 
+def cohort_of(kind, seed):
+    """The folder of a cohort to rank in, made if it is not there."""
+    if kind == "demo":
+        return demo_of(seed)
+    folder = Path(f"crowd{seed}")
+    if not (folder / "samples.csv").exists():
+        crowd(folder, seed)
+    return folder
+
+
+def in_bins(source, seed, n, normalize="rt"):
+    """The runs of a cohort in pictures of n bins: their data set."""
+    data = Path(f"{source}-{n}" + "-global" * (normalize == "global"))
+    axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", n, "--test", 0.15, "--seed", seed]
+    call(convert.main, source / "raw", source / "raw/samples.csv", data, *axes, "--normalize", normalize)
+    shutil.copy(source / "features.csv", data)
+    return data
+
+
 def unseen():
     """Pixels on cohorts that took no part in choosing how evidence is found."""
     print("| Cohort | Bins | evidence, nothing taken out | evidence | t-test of phenotypes |\n" + "| --- " * 5 + "|")
     for kind, seed in itertools.product(("demo", "crowd"), (3, 4)):
-        source = demo_of(seed) if kind == "demo" else Path(f"crowd{seed}")
-        if not (source / "samples.csv").exists():
-            crowd(source, seed)
+        source = cohort_of(kind, seed)
         for n in (256, 1024):
-            data = Path(f"{source}-{n}")
-            axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", n, "--test", 0.15, "--seed", seed]
-            call(convert.main, source / "raw", source / "raw/samples.csv", data, *axes)
-            shutil.copy(source / "features.csv", data)
+            data = in_bins(source, seed, n)
             run = run_of(data, "pixels", [*MODELS["pixels"], "--image-size", 128, "--seed", seed])
             row = ranked(run, data)
             cells = [ranked(run, data, most=0)["evidence"], row["evidence"], row["t-test of phenotypes"]]
@@ -329,7 +333,7 @@ def blanked(run, data):
     with contextlib.redirect_stdout(io.StringIO()):
         features = explain.read_features(data / "features.csv", recipe)
     scores = explain.Scores(timm.utils.reparameterize_model(model), recipe).eval()
-    u = torch.stack([train.evaluation_transform(model)(picture) for picture in pictures]) - scores.zero
+    u = train.inputs_of(model, pictures) - scores.zero
     half_box = explain.half_box_of(recipe, 0.3)
     now = explain.blanking(scores, u, 1, features, mean, recipe, half_box, 2643)["drop_p"].to_numpy()
     places, planted = features[["rt", "mz"]].to_numpy(), np.array(features["ontology"] == "planted")

@@ -246,7 +246,7 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
     lr = train.find_lr(model, loaders["train"], args, tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     curve = pd.read_csv(tmp_path / "lr_find.csv")
-    assert curve["lr"].isin([lr, 2 * lr]).any() and len(curve) > 10
+    assert lr in curve["lr"].tolist() and len(curve) > 10
     optimizer, scaler = train.make_optimizer(model.train(), args, curve["lr"][9])
     batches = itertools.islice(train.endless(loaders["train"]), 16)
     outputs = [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
