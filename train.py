@@ -622,60 +622,63 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
 
 # ---------------------------------------------------------------- learning-rate range test
 def find_lr(model, loader, args, run=None):
-    """Learning rate whose first steps lower the loss most; leaves everything else as it was.
+    """Learning rate whose first steps lower the loss most and shake nothing; leaves everything else as it was.
 
     Smith's range test (2017, arXiv:1506.01186) raises the rate from step to step. On small data sets its curve is the
     progress of the steps before, not of the rate; so here every rate, four a decade, starts from the same weights and
-    takes the same batches, and its loss is that of the later half of them. Writes lr_find.csv and .png into `run`.
+    takes the same steps: the first of the training that follows. `loss` is that of their later half, `highest` the
+    highest of their epochs. Writes both for each rate into `run`, as lr_find.csv, and lr_find.png.
     """
     n_steps = 8 if model.frozen else 16  # a head learns at once, a network that starts at random does not
     before = trained_weights(model)
     batches = list(itertools.islice(endless(loader), n_steps))
-    network, losses = distributed(model), {}
+    network, rows = distributed(model), []
     for rate in progress(np.logspace(-5, 0, 21), "learning-rate range test"):
         model.load_state_dict(before, strict=False)
         model.train()
         optimizer, scaler = make_optimizer(model, args, rate)
         torch.manual_seed(args.seed)
         outputs = [train_batch(network, optimizer, scaler, x, y, args) for x, y in batches]
-        losses[rate] = loss_of(*collect(outputs[n_steps // 2 :])).item()
-        if not losses[rate] < 2 * min(losses.values()):
+        loss = loss_of(*collect(outputs[n_steps // 2 :])).item()
+        epochs = [outputs[i : i + len(loader)] for i in range(0, n_steps, len(loader))]
+        highest = np.max([loss_of(*collect(epoch)).item() for epoch in epochs])
+        rows.append({"lr": rate, "loss": loss, "highest": highest})
+        if not loss < 2 * min(row["loss"] for row in rows):
             break
     model.load_state_dict(before, strict=False)
     model.zero_grad()
-    lr, reason = suggest_lr(losses, model.frozen)
+    curve = pd.DataFrame(rows)
+    lr, reason = suggest_lr(curve, model.frozen)
     if run and RANK == 0:
-        table = pd.DataFrame({"lr": losses.keys(), "loss": losses.values()})
-        write_table(run / "lr_find.csv", table)
+        write_table(run / "lr_find.csv", curve)
         with figure(run / "lr_find.png", "Learning-rate range test", (6, 4)) as axes:
-            axes.plot(table["lr"], table["loss"], marker=".")
-            axes.axvline(lr, color="tab:red", linestyle="--", label=f"{lr:.2g}: {reason}")
-            axes.set(xscale="log", xlabel="learning rate", ylabel=f"loss of steps {n_steps // 2 + 1} to {n_steps}")
-            axes.legend()
+            curve.plot("lr", ax=axes, logx=True, marker=".", xlabel="learning rate", ylabel="training loss")
+            axes.axvline(lr, color="tab:red", linestyle="--")
+            axes.legend([f"steps {n_steps // 2 + 1} to {n_steps}", "highest epoch", f"{lr:.2g}: {reason}"])
     say(f"learning-rate range test: {lr:.2g} ({reason})")
     return lr
 
 
 def endless(loader):
-    for epoch in itertools.count():
+    for epoch in itertools.count(1):
         loader.sampler.set_epoch(epoch)
         yield from loader
 
 
-def suggest_lr(losses, frozen):
-    """(learning rate, why) of {rate, ascending: loss}.
+def suggest_lr(curve, frozen):
+    """(learning rate, why) of the columns lr, ascending, loss and highest of the range test.
 
-    On a frozen backbone half the rate of the lowest loss, a step away from too much. A whole network that learns in so
-    few steps, by a twentieth of the loss, gets the rate of the lowest; one that starts at random may not, and then it
-    is the highest rate that has done no harm, by a twentieth.
+    On a frozen backbone half the rate of the lowest loss, a step away from too much. A whole network takes no rate from
+    the first on that brings an epoch to 1.1 times the loss at the start; of those before it the one of the lowest loss,
+    or, where none lowers it by a twentieth in so few steps, the highest.
     """
-    first = next(iter(losses.values()))
-    lowest = min(losses, key=losses.get)
     if frozen:
-        return float(lowest / 2), "half the rate of lowest loss"
-    if losses[lowest] < 0.95 * first:
-        return float(lowest), "lowest loss"
-    return float(max(rate for rate, loss in losses.items() if loss <= 1.05 * first)), "highest rate without harm"
+        return float(curve["lr"][curve["loss"].idxmin()] / 2), "half the rate of lowest loss"
+    harmless = curve[(curve["highest"] <= 1.1 * curve["highest"][0]).cummin()]
+    best = harmless.loc[harmless["loss"].idxmin()]
+    if best["loss"] < 0.95 * curve["loss"][0]:
+        return float(best["lr"]), "lowest loss without harm"
+    return float(harmless["lr"].max()), "highest rate without harm"
 
 
 # ---------------------------------------------------------------- one training

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -248,14 +249,28 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
     curve = pd.read_csv(tmp_path / "lr_find.csv")
     assert lr in curve["lr"].tolist() and len(curve) > 10
     optimizer, scaler = train.make_optimizer(model.train(), args, curve["lr"][9])
-    batches = itertools.islice(train.endless(loaders["train"]), 16)
-    outputs = [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
-    assert train.loss_of(*train.collect(outputs[8:])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
-    learns = {1e-3: 0.69, 1e-2: 0.5, 1e-1: 0.6}
-    assert train.suggest_lr(learns, frozen=False) == (1e-2, "lowest loss")
-    assert train.suggest_lr(learns, frozen=True) == (5e-3, "half the rate of lowest loss")
-    slow = {1e-3: 0.69, 1e-2: 0.68, 2e-2: 0.7, 1e-1: 3.0}
+    loader, outputs = loaders["train"], []
+    for epoch in itertools.count(1):  # as `fit` counts
+        loader.sampler.set_epoch(epoch)
+        outputs += [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in loader]
+        if len(outputs) >= 16:
+            break
+    assert train.loss_of(*train.collect(outputs[8:16])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
+    epochs = [train.loss_of(*train.collect(outputs[i:16][: len(loader)])) for i in range(0, 16, len(loader))]
+    assert max(epochs).item() == pytest.approx(curve["highest"][9], abs=1e-5) and len(epochs) > 1
+
+
+def test_a_rate_that_shakes_the_network_is_never_suggested():
+    def curve_of(*rows):
+        return pd.DataFrame(rows, columns=["lr", "loss", "highest"])
+
+    learns = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.5, 0.69), (2e-2, 0.52, 0.72), (1e-1, 0.4, 1.3))
+    assert train.suggest_lr(learns, frozen=False) == (1e-2, "lowest loss without harm")
+    assert train.suggest_lr(learns, frozen=True) == (5e-2, "half the rate of lowest loss")
+    slow = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.68, 0.69), (2e-2, 0.7, 0.75), (4e-2, 0.7, 0.8), (1e-1, 0.6, 0.7))
     assert train.suggest_lr(slow, frozen=False) == (2e-2, "highest rate without harm")
+    diverges = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.68, 0.69), (2e-2, math.nan, math.nan))
+    assert train.suggest_lr(diverges, frozen=False) == (1e-2, "highest rate without harm")
 
 
 def test_the_head_of_a_frozen_backbone_is_solved_and_no_penalty_beats_the_chosen_one(demo, tmp_path):
