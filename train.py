@@ -622,7 +622,7 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
 
 # ---------------------------------------------------------------- learning-rate range test
 def find_lr(model, loader, args, run=None):
-    """Learning rate whose first steps lower the loss most and shake nothing; leaves everything else as it was.
+    """Learning rate whose first steps lower the loss and shake nothing; leaves everything else as it was.
 
     Smith's range test (2017, arXiv:1506.01186) raises the rate from step to step. On small data sets its curve is the
     progress of the steps before, not of the rate; so here every rate, four a decade, starts from the same weights and
@@ -669,16 +669,15 @@ def suggest_lr(curve, frozen):
     """(learning rate, why) of the columns lr, ascending, loss and highest of the range test.
 
     On a frozen backbone half the rate of the lowest loss, a step away from too much. A whole network takes no rate from
-    the first on that brings an epoch to 1.1 times the loss at the start; of those before it the one of the lowest loss,
-    or, where none lowers it by a twentieth in so few steps, the highest.
+    the first on that brings an epoch to 1.1 times the loss at the start. Of those before it it takes the highest whose
+    loss is not above the lowest by more than a fifth of the start: there early steps tell little.
     """
     if frozen:
         return float(curve["lr"][curve["loss"].idxmin()] / 2), "half the rate of lowest loss"
-    harmless = curve[(curve["highest"] <= 1.1 * curve["highest"][0]).cummin()]
-    best = harmless.loc[harmless["loss"].idxmin()]
-    if best["loss"] < 0.95 * curve["loss"][0]:
-        return float(best["lr"]), "lowest loss without harm"
-    return float(harmless["lr"].max()), "highest rate without harm"
+    start = curve["highest"][0]
+    harmless = curve[(curve["highest"] <= 1.1 * start).cummin()]
+    good = harmless[harmless["loss"] <= harmless["loss"].min() + 0.2 * start]
+    return float(good["lr"].max()), "highest rate without harm"
 
 
 # ---------------------------------------------------------------- one training
