@@ -669,13 +669,13 @@ def suggest_lr(curve, frozen):
     """(learning rate, why) of the columns lr, ascending, loss and highest of the range test.
 
     On a frozen backbone half the rate of the lowest loss, a step away from too much. A whole network takes no rate from
-    the first on that brings an epoch to 1.1 times the loss at the start. Of those before it it takes the highest whose
-    loss is not above the lowest by more than a fifth of the start: there early steps tell little.
+    the first on that brings an epoch to 1.08 times the start (1.1 with a margin: epochs may be longer than the test).
+    Of those before it it takes the highest whose loss is not above the lowest by a fifth of the start.
     """
     if frozen:
         return float(curve["lr"][curve["loss"].idxmin()] / 2), "half the rate of lowest loss"
     start = curve["highest"][0]
-    harmless = curve[(curve["highest"] <= 1.1 * start).cummin()]
+    harmless = curve[(curve["highest"] <= 1.08 * start).cummin()]
     good = harmless[harmless["loss"] <= harmless["loss"].min() + 0.2 * start]
     return float(good["lr"].max()), "highest rate without harm"
 
