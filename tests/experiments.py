@@ -2,9 +2,9 @@
 
     python tests/experiments.py augmentation   # or another of the functions below; --out DIR
 
-Three demo cohorts of 600 runs (seeds 2643, 1, 2): 360 for testing, 240 for training and validation ("280 runs" with a
-test split of the usual size), or 34 of these ("40 runs"). Numbers are means over the cohorts, lowest and highest in
-brackets. `ranking` has cohorts of its own, and a row for each.
+Three demo cohorts of 600 runs (seeds 2643, 1, 2; or --seeds): 360 for testing, 240 for training and validation ("280
+runs" with a test split of the usual size), or 34 of these ("40 runs"). Numbers are means over the cohorts, lowest and
+highest in brackets. `ranking` has cohorts of its own, and a row for each.
 """
 
 import argparse
@@ -156,22 +156,24 @@ def rates():
 
 
 def rates_over_seeds():
-    """The whole network, each cohort with several seeds of training: how low, and how shaken?"""
+    """Both networks in the loop, each cohort with several seeds of training: how low, and how shaken?"""
     print("| | 40 runs: lowest validation loss, its standard error, highest training loss / ln 2 | 280 runs |")
     print("| --- | --- | --- |")
-    for lr in (0.01, 0.03, 0.1, "auto"):
+    models = {"frozen": ([*MODELS["frozen"], "--optimizer", "adamax"], 3, 3), "whole": (NETWORK, 8, 3)}
+    for model, lr in itertools.product(models, (0.01, 0.03, 0.1, "auto")):
+        flags, *n_seeds = models[model]
         cells = []
-        for size, n_seeds in (("small", 8), ("cohort", 3)):
+        for size, n in zip(SIZES.values(), n_seeds, strict=True):
             histories = []
             for seed in SEEDS:
-                name = f"seeds-lr{lr}-{size}{seed}"
-                more = ["--lr", lr, "--repeats", n_seeds]
-                call(train.main, "--data", f"{size}{seed}", "--name", name, "--workers", 0, *NETWORK, *more)
+                name = f"{model}-seeds-lr{lr}-{size}{seed}"
+                more = ["--lr", lr, "--repeats", n]
+                call(train.main, "--data", f"{size}{seed}", "--name", name, "--workers", 0, *flags, *more)
                 histories += [pd.read_csv(path) for path in Path("runs", name).glob("*/seed*/epochs.csv")]
             losses = pd.Series([history["val_loss"].min() for history in histories])
             highest = max(history["train_loss"].max() for history in histories) / math.log(2)
             cells.append(f"{losses.mean():.3f}, {losses.sem():.3f}, {highest:.2f}")
-        print(f"| whole, {lr} | {' | '.join(cells)} |", flush=True)
+        print(f"| {model}, {lr} | {' | '.join(cells)} |", flush=True)
 
 
 def votes():
@@ -310,15 +312,19 @@ def in_bins(source, seed, n, normalize="rt"):
 
 
 def unseen():
-    """Pixels on cohorts that took no part in choosing how evidence is found."""
-    print("| Cohort | Bins | evidence, nothing taken out | evidence | t-test of phenotypes |\n" + "| --- " * 5 + "|")
-    for kind, seed in itertools.product(("demo", "crowd"), (3, 4)):
+    """Evidence on cohorts that took no part in choosing how it is found: --seeds 3 4 5."""
+    header = "Cohort | Bins | t-test of phenotypes | pixels, nothing taken out | evidence: pixels | network"
+    print(f"| {header} |\n" + "| --- " * 6 + "|")
+    for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
         source = cohort_of(kind, seed)
         for n in (256, 1024):
             data = in_bins(source, seed, n)
-            run = run_of(data, "pixels", [*MODELS["pixels"], "--image-size", 128, "--seed", seed])
-            row = ranked(run, data)
-            cells = [ranked(run, data, most=0)["evidence"], row["evidence"], row["t-test of phenotypes"]]
+            pixels = run_of(data, "pixels", [*MODELS["pixels"], "--image-size", 128, "--seed", seed])
+            row = ranked(pixels, data)
+            cells = [row["t-test of phenotypes"], ranked(pixels, data, most=0)["evidence"], row["evidence"]]
+            if n == 1024:
+                network = [*NETWORK, "--lr", 0.03, "--finetune", "all", "--seed", seed]
+                cells.append(ranked(run_of(data, "network", network), data)["evidence"])
             print(f"| {source} | {n} | {' | '.join(cells)} |", flush=True)
 
 
@@ -471,8 +477,10 @@ if __name__ == "__main__":
     )
     tables = {function.__name__: function for function in tables}
     parser.add_argument("table", choices=tables)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the cohorts")
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")
     args = parser.parse_args()
+    SEEDS = args.seeds
     Path(args.out).mkdir(exist_ok=True)
     os.chdir(args.out)
     torch.set_num_threads(1)
