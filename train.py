@@ -629,7 +629,7 @@ def find_lr(model, loader, args, run=None):
     takes the same steps: the first of the training that follows. `loss` is that of their later half, `highest` the
     highest of their epochs. Writes both for each rate into `run`, as lr_find.csv, and lr_find.png.
     """
-    n_steps = 8 if model.frozen else 16  # a head learns at once, a network that starts at random does not
+    n_steps = 8 if model.frozen else 24  # a head learns at once, a network that starts at random does not
     before = trained_weights(model)
     batches = list(itertools.islice(endless(loader), n_steps))
     network, rows = distributed(model), []
@@ -668,15 +668,17 @@ def endless(loader):
 def suggest_lr(curve, frozen):
     """(learning rate, why) of the columns lr, ascending, loss and highest of the range test.
 
-    On a frozen backbone half the rate of the lowest loss, a step away from too much. A whole network takes no rate from
-    the first on that brings an epoch to 1.08 times the start (1.1 with a margin: epochs may be longer than the test).
-    Of those before it it takes the highest whose loss is not above the lowest by a fifth of the start.
+    No rate from the first on that brings an epoch to 1.08 times the start (1.1 with a margin: epochs may be longer than
+    the test). Of those before it a head takes the lowest with 85 % of the largest fall: beyond it learns by heart.
+    A whole network takes the highest whose loss is not above the lowest by a fifth of the start.
     """
-    if frozen:
-        return float(curve["lr"][curve["loss"].idxmin()] / 2), "half the rate of lowest loss"
-    start = curve["highest"][0]
+    start = curve.loc[0, ["loss", "highest"]].max()
     harmless = curve[(curve["highest"] <= 1.08 * start).cummin()]
-    good = harmless[harmless["loss"] <= harmless["loss"].min() + 0.2 * start]
+    lowest = harmless["loss"].min()
+    if frozen:
+        learned = harmless[harmless["loss"] <= lowest + 0.15 * (start - lowest)]
+        return float(learned["lr"].min()), "lowest rate that learns"
+    good = harmless[harmless["loss"] <= lowest + 0.2 * start]
     return float(good["lr"].max()), "highest rate without harm"
 
 

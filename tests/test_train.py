@@ -236,7 +236,7 @@ def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_pat
 
 
 def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
-    """Each rate's loss is that of sixteen steps from the first weights, whatever rates were tried before it."""
+    """Each rate's loss is that of 24 steps from the first weights, whatever rates were tried before it."""
     arguments = ["--backbone", "test_resnet", "--data", str(demo), *map(str, TINY)]
     [args] = train.trainings_of(train.parse_arguments(arguments))
     pictures, recipe = deeplcms.find_pictures(demo, ("train", "val"))
@@ -253,10 +253,10 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
     for epoch in itertools.count(1):  # as `fit` counts
         loader.sampler.set_epoch(epoch)
         outputs += [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in loader]
-        if len(outputs) >= 16:
+        if len(outputs) >= 24:
             break
-    assert train.loss_of(*train.collect(outputs[8:16])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
-    epochs = [train.loss_of(*train.collect(outputs[i:16][: len(loader)])) for i in range(0, 16, len(loader))]
+    assert train.loss_of(*train.collect(outputs[12:24])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
+    epochs = [train.loss_of(*train.collect(outputs[i:24][: len(loader)])) for i in range(0, 24, len(loader))]
     assert max(epochs).item() == pytest.approx(curve["highest"][9], abs=1e-5) and len(epochs) > 1
 
 
@@ -266,9 +266,13 @@ def test_a_rate_that_shakes_the_network_is_never_suggested():
 
     learns = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.5, 0.69), (2e-2, 0.52, 0.72), (4e-2, 0.65, 0.74), (1e-1, 0.4, 1.3))
     assert train.suggest_lr(learns, frozen=False) == (2e-2, "highest rate without harm")
-    assert train.suggest_lr(learns, frozen=True) == (5e-2, "half the rate of lowest loss")
+    assert train.suggest_lr(learns, frozen=True) == (1e-2, "lowest rate that learns")
     slow = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.68, 0.69), (2e-2, 0.7, 0.74), (4e-2, 0.7, 0.75), (1e-1, 0.6, 0.7))
     assert train.suggest_lr(slow, frozen=False) == (2e-2, "highest rate without harm")
+    by_heart = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.4, 0.69), (2e-2, 0.1, 0.69), (4e-2, 0.03, 0.69), (1e-1, 0.02, 0.7))
+    assert train.suggest_lr(by_heart, frozen=True) == (2e-2, "lowest rate that learns")
+    learns_nothing = curve_of((1e-3, 0.7, 0.69), (1e-2, 0.71, 0.7))
+    assert train.suggest_lr(learns_nothing, frozen=True) == (1e-3, "lowest rate that learns")
     diverges = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.68, 0.69), (2e-2, math.nan, math.nan))
     assert train.suggest_lr(diverges, frozen=False) == (1e-2, "highest rate without harm")
 
