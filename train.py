@@ -677,7 +677,7 @@ def suggest_lr(curve, frozen):
     lowest = harmless["loss"].min()
     if frozen:
         learned = harmless[harmless["loss"] <= lowest + 0.15 * (start - lowest)]
-        return float(learned["lr"].min()), "lowest rate that learns"
+        return float(learned["lr"].min()), "lowest rate with most of the fall"
     good = harmless[harmless["loss"] <= lowest + 0.2 * start]
     return float(good["lr"].max()), "highest rate without harm"
 

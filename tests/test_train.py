@@ -266,13 +266,13 @@ def test_a_rate_that_shakes_the_network_is_never_suggested():
 
     learns = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.5, 0.69), (2e-2, 0.52, 0.72), (4e-2, 0.65, 0.74), (1e-1, 0.4, 1.3))
     assert train.suggest_lr(learns, frozen=False) == (2e-2, "highest rate without harm")
-    assert train.suggest_lr(learns, frozen=True) == (1e-2, "lowest rate that learns")
+    assert train.suggest_lr(learns, frozen=True) == (1e-2, "lowest rate with most of the fall")
     slow = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.68, 0.69), (2e-2, 0.7, 0.74), (4e-2, 0.7, 0.75), (1e-1, 0.6, 0.7))
     assert train.suggest_lr(slow, frozen=False) == (2e-2, "highest rate without harm")
     by_heart = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.4, 0.69), (2e-2, 0.1, 0.69), (4e-2, 0.03, 0.69), (1e-1, 0.02, 0.7))
-    assert train.suggest_lr(by_heart, frozen=True) == (2e-2, "lowest rate that learns")
+    assert train.suggest_lr(by_heart, frozen=True) == (2e-2, "lowest rate with most of the fall")
     learns_nothing = curve_of((1e-3, 0.7, 0.69), (1e-2, 0.71, 0.7))
-    assert train.suggest_lr(learns_nothing, frozen=True) == (1e-3, "lowest rate that learns")
+    assert train.suggest_lr(learns_nothing, frozen=True) == (1e-3, "lowest rate with most of the fall")
     diverges = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.68, 0.69), (2e-2, math.nan, math.nan))
     assert train.suggest_lr(diverges, frozen=False) == (1e-2, "highest rate without harm")
 
