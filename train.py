@@ -524,7 +524,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
         last = load_checkpoint(run / "last.pt")
         history, best, lr = last["history"], last["best"], last["history"][0]["lr"]
     elif lr == "auto":
-        lr = find_lr(model, loaders["train"], args, run)
+        lr = find_lr(model, loaders, args, run)
     network = distributed(model)
     optimizer, scaler = make_optimizer(model, args, lr)
     scheduler = SCHEDULERS[args.scheduler](optimizer, args)
@@ -621,15 +621,17 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
 
 
 # ---------------------------------------------------------------- learning-rate range test
-def find_lr(model, loader, args, run=None):
+def find_lr(model, loaders, args, run=None):
     """Learning rate whose first steps lower the loss and shake nothing; leaves everything else as it was.
 
     Smith's range test (2017, arXiv:1506.01186) raises the rate from step to step. On small data sets its curve is the
     progress of the steps before, not of the rate; so here every rate, four a decade, starts from the same weights and
-    takes the same steps: the first of the training that follows. `loss` is that of their later half, `highest` the
-    highest of their epochs. Writes both for each rate into `run`, as lr_find.csv, and lr_find.png.
+    takes the same 24 steps: the first of the training that follows. `highest` is the highest training loss of their
+    epochs. `loss` is that of their later half; of a head, which learns few pictures by heart, the validation loss after
+    them. Writes both for each rate into `run`, as lr_find.csv, and lr_find.png.
     """
-    n_steps = 8 if model.frozen else 24  # a head learns at once, a network that starts at random does not
+    loader, n_steps = loaders["train"], 24
+    what = "validation loss" if model.frozen else f"steps {n_steps // 2 + 1} to {n_steps}"
     before = trained_weights(model)
     batches = list(itertools.islice(endless(loader), n_steps))
     network, rows = distributed(model), []
@@ -639,7 +641,8 @@ def find_lr(model, loader, args, run=None):
         optimizer, scaler = make_optimizer(model, args, rate)
         torch.manual_seed(args.seed)
         outputs = [train_batch(network, optimizer, scaler, x, y, args) for x, y in batches]
-        loss = loss_of(*collect(outputs[n_steps // 2 :])).item()
+        judged = predict(model, loaders["val"]) if model.frozen else outputs[n_steps // 2 :]
+        loss = loss_of(*collect(judged)).item()
         epochs = [outputs[i : i + len(loader)] for i in range(0, n_steps, len(loader))]
         highest = np.max([loss_of(*collect(epoch)).item() for epoch in epochs])
         rows.append({"lr": rate, "loss": loss, "highest": highest})
@@ -652,9 +655,9 @@ def find_lr(model, loader, args, run=None):
     if run and RANK == 0:
         write_table(run / "lr_find.csv", curve)
         with figure(run / "lr_find.png", "Learning-rate range test", (6, 4)) as axes:
-            curve.plot("lr", ax=axes, logx=True, marker=".", xlabel="learning rate", ylabel="training loss")
+            curve.plot("lr", ax=axes, logx=True, marker=".", xlabel="learning rate", ylabel="loss")
             axes.axvline(lr, color="tab:red", linestyle="--")
-            axes.legend([f"steps {n_steps // 2 + 1} to {n_steps}", "highest epoch", f"{lr:.2g}: {reason}"])
+            axes.legend([what, "highest epoch", f"{lr:.2g}: {reason}"])
     say(f"learning-rate range test: {lr:.2g} ({reason})")
     return lr
 
@@ -669,17 +672,14 @@ def suggest_lr(curve, frozen):
     """(learning rate, why) of the columns lr, ascending, loss and highest of the range test.
 
     No rate from the first on that brings an epoch to 1.08 times the start (1.1 with a margin: epochs may be longer than
-    the test). Of those before it a head takes the lowest with 85 % of the largest fall: beyond it learns by heart.
-    A whole network takes the highest whose loss is not above the lowest by a fifth of the start.
+    the test). Of those before it a head takes the one of lowest loss, a whole network the highest whose loss is not
+    above the lowest by a fifth of the start.
     """
-    start = curve.loc[0, ["loss", "highest"]].max()
+    start = curve["highest"][0]
     harmless = curve[(curve["highest"] <= 1.08 * start).cummin()]
-    lowest = harmless["loss"].min()
-    if frozen:
-        learned = harmless[harmless["loss"] <= lowest + 0.15 * (start - lowest)]
-        return float(learned["lr"].min()), "lowest rate with most of the fall"
-    good = harmless[harmless["loss"] <= lowest + 0.2 * start]
-    return float(good["lr"].max()), "highest rate without harm"
+    margin = 0 if frozen else 0.2 * start
+    good = harmless[harmless["loss"] <= harmless["loss"].min() + margin]
+    return float(good["lr"].max()), "lowest without harm" if frozen else "highest rate without harm"
 
 
 # ---------------------------------------------------------------- one training

@@ -244,7 +244,7 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
     pictures["label"] = deeplcms.label_of(pictures, classes)
     model, loaders, _ = train.prepare(args, pictures, classes, recipe, {})
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    lr = train.find_lr(model, loaders["train"], args, tmp_path)
+    lr = train.find_lr(model, loaders, args, tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     curve = pd.read_csv(tmp_path / "lr_find.csv")
     assert lr in curve["lr"].tolist() and len(curve) > 10
@@ -266,13 +266,9 @@ def test_a_rate_that_shakes_the_network_is_never_suggested():
 
     learns = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.5, 0.69), (2e-2, 0.52, 0.72), (4e-2, 0.65, 0.74), (1e-1, 0.4, 1.3))
     assert train.suggest_lr(learns, frozen=False) == (2e-2, "highest rate without harm")
-    assert train.suggest_lr(learns, frozen=True) == (1e-2, "lowest rate with most of the fall")
+    assert train.suggest_lr(learns, frozen=True) == (1e-2, "lowest without harm")
     slow = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.68, 0.69), (2e-2, 0.7, 0.74), (4e-2, 0.7, 0.75), (1e-1, 0.6, 0.7))
     assert train.suggest_lr(slow, frozen=False) == (2e-2, "highest rate without harm")
-    by_heart = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.4, 0.69), (2e-2, 0.1, 0.69), (4e-2, 0.03, 0.69), (1e-1, 0.02, 0.7))
-    assert train.suggest_lr(by_heart, frozen=True) == (2e-2, "lowest rate with most of the fall")
-    learns_nothing = curve_of((1e-3, 0.7, 0.69), (1e-2, 0.71, 0.7))
-    assert train.suggest_lr(learns_nothing, frozen=True) == (1e-3, "lowest rate with most of the fall")
     diverges = curve_of((1e-3, 0.69, 0.69), (1e-2, 0.68, 0.69), (2e-2, math.nan, math.nan))
     assert train.suggest_lr(diverges, frozen=False) == (1e-2, "highest rate without harm")
 
