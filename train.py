@@ -630,8 +630,8 @@ def find_lr(model, loaders, args, run=None):
     epochs. `loss` is that of their later half; of a head, which learns few pictures by heart, the validation loss after
     them. Writes both for each rate into `run`, as lr_find.csv, and lr_find.png.
     """
-    loader, n_steps = loaders["train"], 24
-    what = "validation loss" if model.frozen else f"steps {n_steps // 2 + 1} to {n_steps}"
+    loader = loaders["train"]
+    n_steps = 24
     before = trained_weights(model)
     batches = list(itertools.islice(endless(loader), n_steps))
     network, rows = distributed(model), []
@@ -657,6 +657,7 @@ def find_lr(model, loaders, args, run=None):
         with figure(run / "lr_find.png", "Learning-rate range test", (6, 4)) as axes:
             curve.plot("lr", ax=axes, logx=True, marker=".", xlabel="learning rate", ylabel="loss")
             axes.axvline(lr, color="tab:red", linestyle="--")
+            what = "validation loss" if model.frozen else f"steps {n_steps // 2 + 1} to {n_steps}"
             axes.legend([what, "highest epoch", f"{lr:.2g}: {reason}"])
     say(f"learning-rate range test: {lr:.2g} ({reason})")
     return lr

@@ -235,9 +235,11 @@ def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_pat
     assert epochs_of(auto).equals(epochs_of(given))
 
 
-def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
+@pytest.mark.parametrize("finetune", ["all", "head"])
+def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, finetune):
     """Each rate's loss is that of 24 steps from the first weights, whatever rates were tried before it."""
     arguments = ["--backbone", "test_resnet", "--data", str(demo), *map(str, TINY)]
+    arguments += ["--finetune", finetune, "--optimizer", "adamax"]
     [args] = train.trainings_of(train.parse_arguments(arguments))
     pictures, recipe = deeplcms.find_pictures(demo, ("train", "val"))
     classes = train.classes_of(pictures)
@@ -252,10 +254,12 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path):
     loader, outputs = loaders["train"], []
     for epoch in itertools.count(1):  # as `fit` counts
         loader.sampler.set_epoch(epoch)
-        outputs += [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in loader]
-        if len(outputs) >= 24:
+        batches = itertools.islice(loader, 24 - len(outputs))
+        outputs += [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
+        if len(outputs) == 24:
             break
-    assert train.loss_of(*train.collect(outputs[12:24])).item() == pytest.approx(curve["loss"][9], abs=1e-5)
+    judged = outputs[12:24] if finetune == "all" else train.predict(model, loaders["val"])
+    assert train.loss_of(*train.collect(judged)).item() == pytest.approx(curve["loss"][9], abs=1e-5)
     epochs = [train.loss_of(*train.collect(outputs[i:24][: len(loader)])) for i in range(0, 24, len(loader))]
     assert max(epochs).item() == pytest.approx(curve["highest"][9], abs=1e-5) and len(epochs) > 1
 
