@@ -1,16 +1,16 @@
 """Turn raw LC-MS runs into pictures on shared axes, split into training, validation and test.
 
 Article, "Creating the pseudo images" and "Image augmentation". How one run becomes one picture is in deeplcms.py; here
-are the cohort around it, its splits and shifted copies, and the demo cohort, whose truth is known.
+is the cohort around it, its splits and its shifted copies.
 
     python convert.py raw/ samples.csv data/golestan                      # axes: the smallest box that holds every run
     python convert.py raw/ samples.csv data/golestan_1000 --bins 1000 --augment 9 --workers 8
-    python convert.py --demo                                              # a synthetic cohort with planted compounds
 
 Stopped, by Ctrl-C or worse, the same command goes on where it was. A run that cannot be read is left out, named in
 OUT_DIR/samples.csv with the reason, and tried again by the next run of the command.
 """
 
+import argparse
 import json
 import math
 import os
@@ -30,24 +30,12 @@ import pandas as pd
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from deeplcms import SPLITS, InputError, Parser, Recipe, run_script, whole_file
-from deeplcms import find_runs, first_difference, first_few, histogram_of_run
-from deeplcms import number, picture_of_run, read_table, read_text, slow_waves
-from deeplcms import write_json, write_table, write_text
+from deeplcms import SPLITS, STATISTICS, Help, InputError, Recipe, colours, count, find_runs, first_difference
+from deeplcms import first_few, histogram_of_run, picture_of_run, profile_of, read_header, read_table, run_script
+from deeplcms import whole_file, write_json, write_table
 
-STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
 FOUND = [*STATISTICS, "start_time"]  # in every run, and where it says so when it was started
-NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "demo", "runs", "workers")  # flags that change no picture
-DEMO_PHENOTYPES = ("control", "exposed")
-DEMO_BATCHES, DEMO_MINUTES, DEMO_MZ = 4, 10.0, (100.0, 900.0)
-DEMO_FEATURES = """\
-,,,,,,,Class
-,,,,,,,File type
-,,,,,,,Injection order
-,,,,,,,Batch ID
-Alignment ID,Average Rt(min),Average Mz,Metabolite name,Ontology,Fold change,MS/MS matched,Annotation tag (VS1.0)
-"""
-DEMO_DEFAULTS = {"bins": [256], "test": 0.2, "rt_range": [0.0, DEMO_MINUTES], "mz_range": list(DEMO_MZ)}
+NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change no picture
 
 
 # ---------------------------------------------------------------- the cohort and its splits
@@ -132,11 +120,10 @@ def check_splits(table):
 
 
 # ---------------------------------------------------------------- the PNGs of one run
-def shifted(picture, rt_shift, mz_shift, fill):
-    """Copy of a picture moved by whole pixels (right, up); what it uncovers is filled, nothing wraps around."""
-    image = Image.fromarray(picture)
-    copy = Image.new("RGB", image.size, tuple(fill))
-    copy.paste(image, (rt_shift, -mz_shift))
+def shifted(picture, rt_shift, mz_shift):
+    """Copy of a picture moved by whole pixels (right, up); what it uncovers is 0, nothing wraps around."""
+    copy = Image.new("L", picture.shape[::-1])
+    copy.paste(Image.fromarray(picture), (rt_shift, -mz_shift))
     return np.asarray(copy)
 
 
@@ -159,15 +146,19 @@ def png_paths(out_dir, row, args):
 def write_pictures(path, pngs, recipe):
     """Write the picture of one run and its shifted copies (see png_paths); returns the statistics of the run."""
     picture, statistics = picture_of_run(path, recipe)
+    palette = colours(np.arange(256), recipe.colormap).tobytes()
     text = recipe.to_text() | {"source": path.name, "sample_name": pngs[-1][0].stem} | statistics
     for png, (rt, mz) in pngs:
+        copy = shifted(picture, rt, mz)
         text["shift"] = f"{rt} {mz}"
-        info = PngImagePlugin.PngInfo()
-        for key, value in text.items():
-            info.add_text(key, str(value))
-        image = Image.fromarray(shifted(picture, rt, mz, recipe.zero_colour()))
+        text["profile"] = " ".join(f"{value:.4f}" for value in profile_of(copy))
+        chunks = PngImagePlugin.PngInfo()
+        for name, value in text.items():
+            chunks.add_text(name, str(value))
+        image = Image.fromarray(copy)
+        image.putpalette(palette)  # so the indices are kept, and every viewer shows the colours
         with whole_file(png) as temporary:
-            image.save(temporary, pnginfo=info, compress_level=1)
+            image.save(temporary, pnginfo=chunks, compress_level=1)
     return statistics
 
 
@@ -253,7 +244,7 @@ def convert(args):
     recipe = Recipe(*axes, **of_picture | {"bins": tuple(args.bins)})
     for folder in folders.unique():
         (out_dir / folder).mkdir(parents=True, exist_ok=True)
-    for leftover in [*out_dir.glob("*/*/.*.tmp.png"), *out_dir.glob("raw/.*.tmp.mzML")]:  # of a command that was killed
+    for leftover in out_dir.glob("*/*/.*.tmp.png"):  # of a command that was killed
         leftover.unlink()
     write_json(out_dir / "settings.json", settings | {"axes": axes})
 
@@ -261,7 +252,7 @@ def convert(args):
     for row in present.itertuples():
         pngs = png_paths(out_dir, row, args)
         if all(png.exists() for png, _ in pngs):
-            text, _ = read_text(pngs[-1][0])
+            text, _ = read_header(pngs[-1][0])
             statistics[row.sample_name] = {name: text.get(name) for name in FOUND}
         elif row.sample_name not in failures:
             tasks[row.sample_name] = (row.path, pngs, recipe)
@@ -296,203 +287,51 @@ def report(out_dir, table, recipe, statistics, failures):
         print(f"warning: more than 1 % of the intensity is outside the axes in {first_few(cut)}")
 
 
-# ---------------------------------------------------------------- demo: a cohort whose truth is known
-def demo_compounds(rng, n_planted=24, n_background=216):
-    """A made-up metabolome, and `fold`: the level of each compound in exposed people over that in controls.
-
-    Planted compounds have a fold of 2-10, up or down, or are in exposed people only (infinity), as a drug is; all else
-    is drawn alike for planted and background ones. `frequency` is the chance that a run holds a compound at all.
-    """
-    n = n_planted + n_background
-    compounds = pd.DataFrame({"planted": np.arange(n) < n_planted, "rt": rng.uniform(0.9, 9.0, n)})  # minutes
-    compounds["mz"] = rng.uniform(110, 700, n) + 20 * compounds["rt"]  # later means larger, as on a C18 column
-    others = rng.integers(0, n, n - 2 * n // 3)  # with which the last third overlaps
-    for axis, spread in (("rt", 0.1), ("mz", 6)):
-        beside = compounds[axis][others] + rng.normal(0, spread, len(others))
-        compounds.loc[2 * n // 3 :, axis] = beside.to_numpy()
-    compounds["log10_height"] = np.clip(rng.normal(5.8, 0.5, n), 5.0, 7.3)
-    compounds["width"] = rng.uniform(2.5, 5.0, n)  # seconds, one standard deviation of the rising side
-    compounds["tailing"] = rng.uniform(1.2, 3.0, n)  # falling side / rising side
-    compounds["frequency"] = rng.uniform(0.6, 0.95, n)
-    fold = np.exp(rng.uniform(np.log(2), np.log(10), n)) ** rng.choice([-1, 1], n)
-    fold[:3] = np.inf
-    compounds["fold"] = np.where(compounds["planted"], fold, 1.0)
-    return compounds
-
-
-def simulate_run(rng, compounds, lines, exposed, batch):
-    """Scans [(seconds, m/z ascending, intensity)] of one synthetic centroided run.
-
-    Measured in the faahKO runs (Saghatelian 2004), for peaks 33 s wide at half height: days differ by 2-24 s, slowly
-    along the gradient, runs of a day by 2 s; sensitivity by 20 %. Peaks are 6-24 s wide here and batches drift by 15 s
-    (standard deviation), as from column to column. People's levels differ by a factor of 2.2, a guess for human blood.
-    """
-    times = np.arange(0, 60 * DEMO_MINUTES, 2.0)
-    n = len(times)
-    peaks = []  # (scan, m/z, intensity) arrays
-    ppm, sensitivity = rng.normal(0, 3), rng.lognormal(0, 0.3)
-    waves = batch + rng.normal(0, 3, 6)
-    drift = waves @ slow_waves(compounds["rt"] / DEMO_MINUTES) + rng.normal(0, 0.5, len(compounds))
-    level = compounds["fold"] ** (0.5 if exposed else -0.5)
-    level = level.replace(np.inf, 1.0) * sensitivity * rng.lognormal(0, 0.8, len(compounds))
-    drawn = compounds.assign(apex=60 * compounds["rt"] + drift, top=10 ** compounds["log10_height"] * level)
-    for compound in drawn[rng.random(len(drawn)) < drawn["frequency"]].itertuples():
-        rise, fall = compound.width, compound.width * compound.tailing
-        near = np.flatnonzero((times > compound.apex - 4 * rise) & (times < compound.apex + 4 * fall))
-        sides = np.where(times[near] < compound.apex, rise, fall)
-        shape = np.exp(-0.5 * ((times[near] - compound.apex) / sides) ** 2)
-        profile = compound.top * shape * rng.lognormal(0, 0.1, len(near))
-        carbon_13 = 0.011 * (compound.mz / 20)  # atoms a molecule
-        for isotope, share in enumerate((1, carbon_13, carbon_13**2 / 2)):
-            peaks.append((near, compound.mz + 1.00336 * isotope, profile * share))
-    # Solvent and plasticiser ions in every scan: the horizontal lines of the article's Figure 2.
-    for line, level in lines:
-        wander = np.exp(np.cumsum(rng.normal(0, 0.05, n)))
-        peaks.append((np.arange(n), line, level * sensitivity * wander / wander.mean()))
-    # Dead volume: all that the column does not hold. Wash: all that it held too long, a polymer among it.
-    for start, end, n_ions, low, level in ((0.5, 0.75, 60, 100, 2e5), (9.3, 9.8, 150, 300, 1e5)):
-        window = np.flatnonzero((times > 60 * start) & (times < 60 * end))
-        rise_and_fall = np.hanning(len(window) + 2)[1:-1]
-        for ion in rng.uniform(low, low + 400, n_ions):
-            peaks.append((window, ion, level * rng.lognormal(0, 1) * rise_and_fall))
-    window = np.flatnonzero(times > 60 * 9.2)
-    for unit in range(12):
-        level = 4e5 * np.exp(-0.5 * ((unit - 5) / 3) ** 2)
-        peaks.append((window, 327.2 + 44.0262 * unit, level * rng.lognormal(0, 0.1, len(window))))
-    m = 40 * n  # electronic noise
-    noise = rng.integers(0, n, m), rng.uniform(*DEMO_MZ, m), rng.lognormal(np.log(2e3), 0.7, m)
-    peaks.append(noise)
-
-    scan, mz, height = np.concatenate([np.broadcast_arrays(*part) for part in peaks], axis=1)
-    mz = mz * (1 + 1e-6 * (ppm + rng.normal(0, 2, len(mz))))
-    order = np.lexsort((mz, scan))
-    order = order[height[order] > 1e3]  # the detector sees four decades
-    starts = np.searchsorted(scan[order], np.arange(1, n))
-    return list(zip(times, np.split(mz[order], starts), np.split(height[order], starts), strict=True))
-
-
-def write_mzml(path, scans):
-    """Write MS1 scans [(seconds, m/z, intensity)] as mzML: zlib, m/z in 64 bits, intensity in 32."""
-    import pyopenms
-
-    experiment = pyopenms.MSExperiment()
-    for seconds, mz, intensity in scans:
-        spectrum = pyopenms.MSSpectrum()
-        spectrum.setMSLevel(1)
-        spectrum.setRT(float(seconds))
-        spectrum.set_peaks((mz, intensity.astype(np.float32)))
-        experiment.addSpectrum(spectrum)
-    options, file = pyopenms.PeakFileOptions(), pyopenms.MzMLFile()
-    options.setCompression(True)
-    file.setOptions(options)
-    with whole_file(path) as temporary:
-        file.store(str(temporary), experiment)
-
-
-def demo_cohort(seed, **sizes):
-    """Compounds, [(m/z, intensity)] of lines, and the drift (DEMO_BATCHES, 6) of batches: what all runs share."""
-    rng = np.random.default_rng([seed, 0])
-    compounds = demo_compounds(rng, **sizes)
-    lines = np.transpose([rng.uniform(*DEMO_MZ, 15), rng.lognormal(np.log(2e4), 0.8, 15)])
-    return compounds, lines, rng.normal(0, 15, (DEMO_BATCHES, 6))
-
-
-def write_demo_run(path, seed, index):
-    """One run of the demo cohort; cohort and run have their own random numbers, so any worker writes the same file."""
-    compounds, lines, batches = demo_cohort(seed)
-    run = np.random.default_rng([seed, 1, index])
-    write_mzml(path, simulate_run(run, compounds, lines, index % 2 == 1, batches[batch_of(index)]))
-
-
-def batch_of(index):
-    """Runs of both phenotypes, in turn, are in every batch."""
-    return index // 2 % DEMO_BATCHES
-
-
-def write_demo(args):
-    """Write OUT_DIR/raw/*.mzML and samples.csv, and OUT_DIR/features.csv in the form of an MS-DIAL alignment export."""
-    raw_dir, numbers = Path(args.raw_dir), range(args.runs)
-    if Path(args.out_dir, "settings.json").exists() and not raw_dir.exists():
-        raise InputError(f"{args.out_dir} holds another data set: use another folder")
-    print(f"the demo cohort: {args.runs} synthetic runs in {raw_dir}, their compounds in {args.out_dir}/features.csv")
-    raw_dir.mkdir(parents=True, exist_ok=True)
-    samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers], "cohort": str(args.seed)})
-    samples["phenotype"] = [DEMO_PHENOTYPES[i % 2] for i in numbers]
-    samples["batch"] = [f"{batch_of(i) + 1}" for i in numbers]
-    if Path(args.samples).exists() and not read_table(args.samples).equals(samples):
-        raise InputError(f"{raw_dir} holds another cohort: use another folder or delete this one")
-    write_table(args.samples, samples)
-    paths = [raw_dir / f"{name}.mzML" for name in samples["sample_name"]]
-    tasks = {i: (paths[i], args.seed, i) for i in numbers if not paths[i].exists()}
-    for _, result in for_each(write_demo_run, tasks, args.workers, "writing mzML"):
-        if isinstance(result, Exception):
-            raise result
-
-    features = demo_cohort(args.seed)[0].sort_values("rt").round({"rt": 3, "mz": 5, "fold": 2})
-    features["kind"] = np.where(features["planted"], "planted", "background")
-    features["name"] = features["kind"] + features.index.map(" {:03d}".format)
-    features["matched"] = features.index % 3 == 0
-    features["tag"] = np.where(features["matched"], 430, 530)
-    columns = features[["rt", "mz", "name", "kind", "fold", "matched", "tag"]].to_csv(header=False)
-    write_text(Path(args.out_dir) / "features.csv", DEMO_FEATURES + columns)
-
-
 # ---------------------------------------------------------------- command line
 def parse_arguments(argv=None):
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("raw_dir", nargs="?", help="folder of <sample_name>.mzML or .mzXML, packed (.gz, .bz2) or not")
-    add("samples", nargs="?", metavar="samples.csv", help="table with sample_name, phenotype and, if you like, split")
-    add("out_dir", nargs="?", help="folder for the pictures")
+    add("raw_dir", help="folder of <sample_name>.mzML or .mzXML, packed (.gz, .bz2) or not")
+    add("samples", metavar="samples.csv", help="table with sample_name, phenotype and, if you like, split")
+    add("out_dir", help="folder for the pictures")
     # A flag that is a setting of the picture has the name of its field in Recipe, and goes there by itself.
     add = parser.add_argument_group("picture").add_argument
-    add("--bins", type=number(int, 1), nargs="+", default=[500], help="one number for both axes, or time and m/z")
+    add("--bins", type=count, nargs="+", default=[500], help="one number for both axes, or time and m/z")
     add("--rt-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="minutes (default: holds every run)")
     add("--mz-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="m/z (default: holds every run)")
     add("--normalize", choices=["rt", "global"], default="rt", help="by the highest bin of a time, or of the run")
-    add("--min-intensity", type=number(float, 0), default=0.0, help="leave weaker peaks out")
-    add("--sigma", type=number(float, 0), default=2.0, help="of the Gaussian filter, in bins; 0: none")
+    add("--min-intensity", type=float, default=0.0, help="leave weaker peaks out")
+    add("--sigma", type=float, default=2.0, help="of the Gaussian filter, in bins; 0: none")
     add("--colormap", default="jet", choices=list(matplotlib.colormaps), metavar="NAME", help="of matplotlib")
     add = parser.add_argument_group("shifted copies of training pictures").add_argument
-    add("--augment", type=number(int, 0), default=0, metavar="N", help="copies of each training picture (article: 9)")
+    add("--augment", type=int, default=0, metavar="N", help="copies of each training picture (article: 9)")
     shift = "largest shift, one number for both axes, or time and m/z (instruments drift in time: 5 0)"
-    add("--max-shift", type=number(int, 0), nargs="+", default=[5], metavar="PIXELS", help=shift)
+    add("--max-shift", type=int, nargs="+", default=[5], metavar="PIXELS", help=shift)
     add = parser.add_argument_group("split, for tables without a split column").add_argument
     add("--test", type=float, default=0.1, help="share of all runs for the test split")
     add("--val", type=float, default=0.2, help="share of the other runs for validation")
     add("--group-by", metavar="COLUMN", help="rows that share this column's value stay in one split")
-    add("--seed", type=number(int, 0), default=2643, help="of splits, shifts and the demo cohort")
-    add = parser.add_argument_group("demo and machine").add_argument
-    add("--demo", nargs="?", const="demo", metavar="OUT_DIR", help=f"a synthetic cohort, with {DEMO_DEFAULTS}")
-    add("--runs", type=number(int, 8), default=600, help="size of the demo cohort")
-    add("--workers", type=number(int, 1), default=os.cpu_count(), help="processes, each with one file at a time")
+    add("--seed", type=int, default=2643, help="of splits and shifts")
+    workers = "processes, each with one file at a time"
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help=workers)
     args = parser.parse_args(argv)
-    if args.demo:
-        parser.set_defaults(**DEMO_DEFAULTS)
-        args = parser.parse_args(argv)
-        args.raw_dir, args.samples, args.out_dir = f"{args.demo}/raw", f"{args.demo}/raw/samples.csv", args.demo
 
     if max(len(args.bins), len(args.max_shift)) > 2:
         parser.error("--bins and --max-shift take one or two numbers")
     args.bins, args.max_shift = (args.bins * 2)[:2], (args.max_shift * 2)[:2]  # one number: of both axes
-    if args.out_dir is None:
-        parser.error("needs RAW_DIR, SAMPLES.csv and OUT_DIR (or --demo)")
     for low, high in filter(None, (args.rt_range, args.mz_range)):
         if not low < high:
-            parser.error(f"a range needs MIN below MAX, not {low:g} {high:g}")
+            parser.error(f"--rt-range and --mz-range need MIN below MAX, not {low:g} {high:g}")
     if not (0 < args.test < 1 and 0 < args.val < 1):
         parser.error("--test and --val are shares between 0 and 1")
     n_shifts = math.prod(2 * most + 1 for most in args.max_shift) - 1
-    if args.augment > n_shifts or any(most >= bins for most, bins in zip(args.max_shift, args.bins, strict=True)):
+    if not 0 <= args.augment <= n_shifts or max(args.max_shift) >= min(args.bins):
         parser.error(f"--max-shift {args.max_shift} does not allow {args.augment} different copies of {args.bins} bins")
     return args
 
 
 def main():
-    args = parse_arguments()
-    if args.demo:
-        write_demo(args)
-    return convert(args)
+    return convert(parse_arguments())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ torch: this is all that a worker of convert.py loads.
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -19,13 +18,15 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
+from scipy.stats import rankdata
 
 SPLITS = ("train", "val", "test")
 RUN = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
+# What is known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint.
+STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
 
 
 # ---------------------------------------------------------------- one run -> one picture
@@ -69,13 +70,9 @@ class Recipe:
         """Minutes and m/z of one bin."""
         return (self.rt_max - self.rt_min) / self.bins[0], (self.mz_max - self.mz_min) / self.bins[1]
 
-    def zero_colour(self):
-        """RGB (3,) uint8 of zero intensity, dark blue in jet: what "nothing measured" looks like."""
-        return colours(np.zeros((1, 1)), self.colormap)[0, 0]
-
 
 def picture_of_run(path, recipe):
-    """Raw run -> picture uint8 (n_mz, n_rt, 3) and the statistics of the run; InputError if there is nothing to see."""
+    """Raw run -> picture uint8 (n_mz, n_rt) and the statistics of the run; InputError if there is nothing to see."""
     counts, statistics = histogram_of_run(path, recipe)
     if not counts.any():
         own = "{rt_first:.2f}-{rt_last:.2f} min, m/z {mz_low:.2f}-{mz_high:.2f}".format(**statistics)
@@ -87,8 +84,7 @@ def picture_of_run(path, recipe):
 def histogram_of_run(path, recipe):
     """Intensity summed in bins, float (n_rt, n_mz), and the statistics of the run.
 
-    The edges and the last bin are those of numpy.histogram2d. As the m/z of a scan ascend, its bins are slices: one
-    binary search an edge instead of one a peak. `outside` is the share of intensity that lies off the axes.
+    The edges and the last bin are those of numpy.histogram2d. `outside` is the share of intensity off the axes.
     """
     rt_edges = np.linspace(recipe.rt_min, recipe.rt_max, recipe.bins[0] + 1)
     mz_edges = np.linspace(recipe.mz_min, recipe.mz_max, recipe.bins[1] + 1)
@@ -105,13 +101,10 @@ def histogram_of_run(path, recipe):
         rts.append(rt)
         mzs += [mz[0], mz[-1]]
         column = np.searchsorted(rt_edges, rt, side="right") - 1
-        column -= rt == rt_edges[-1]  # the last bin includes its right edge
+        if rt == rt_edges[-1]:
+            column -= 1  # the last bin includes its right edge
         if 0 <= column < len(counts):
-            cuts = np.searchsorted(mz, mz_edges)
-            cuts[-1] = np.searchsorted(mz, mz_edges[-1], side="right")
-            sums = np.add.reduceat(np.append(intensity, 0.0), cuts)[:-1]  # append also makes it float64
-            sums[cuts[:-1] == cuts[1:]] = 0  # reduceat gives an empty slice its first element
-            counts[column] += sums
+            counts[column] += sums_between(mz_edges, mz, intensity)
     if n_peaks == 0:
         raise InputError(f"{path.name}: holds no MS1 peaks of intensity {recipe.min_intensity:g} or more")
     statistics = {"n_scans": n_scans, "n_peaks": n_peaks, "total_intensity": total}
@@ -122,60 +115,35 @@ def histogram_of_run(path, recipe):
     return counts, statistics
 
 
+def sums_between(edges, mz, intensity):
+    """Intensity (n,) of one scan summed between neighbouring edges of m/z (n_mz + 1,); the m/z (n,) ascend.
+
+    So the peaks of a bin are a slice, found by one search an edge instead of one a peak.
+    """
+    starts = np.searchsorted(mz, edges)
+    starts[-1] = np.searchsorted(mz, edges[-1], side="right")  # the last bin includes its right edge
+    padded = np.append(intensity, 0.0)  # a slice may start behind the last peak; and the sums are float64
+    sums = np.add.reduceat(padded, starts)[:-1]
+    empty = starts[:-1] == starts[1:]
+    sums[empty] = 0  # reduceat gives an empty slice its first element
+    return sums
+
+
 def picture_of_counts(counts, recipe):
-    """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt, 3), retention time to the right and m/z up."""
+    """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, time to the right, m/z up."""
     highest = counts.max(axis=1, keepdims=True) if recipe.normalize == "rt" else counts.max()
     values = counts / np.where(highest > 0, highest, 1)
     if recipe.sigma > 0:
         values = gaussian_filter(values, recipe.sigma)
     values = np.log1p(255 * values / (values.max() or 1)) / np.log(256)  # weak compounds are most of the metabolome
-    return colours(values.T[::-1], recipe.colormap)
+    levels = np.minimum(256 * values, 255).astype(np.uint8)
+    return np.ascontiguousarray(levels.T[::-1])
 
 
-def colours(values, colormap):
-    """Values in 0 ... 1 -> uint8 RGB (height, width, 3) of a matplotlib colormap."""
-    return np.ascontiguousarray(matplotlib.colormaps[colormap](values, bytes=True)[..., :3])
-
-
-def intensity_of(picture, colormap):
-    """Read back from the colours, uint8 (height, width, 3): the log intensity, float32 (height, width) in 0 ... 1."""
-    code = np.array([1 << 16, 1 << 8, 1])
-    table = colours(np.arange(256) / 255, colormap).astype(int) @ code
-    order = np.argsort(table, kind="stable")
-    place = np.searchsorted(table, picture.astype(int) @ code, sorter=order)
-    return (order[place.clip(0, 255)] / 255).astype(np.float32)
-
-
-def profiles_of(picture, recipe):
-    """Mean log intensity of a picture at each retention time (n_rt,) and at each m/z (n_mz,), both ascending."""
-    map_ = intensity_of(picture, recipe.colormap)
-    return map_.mean(0), map_[::-1].mean(1)
-
-
-def shift_of(profile, usual):
-    """By how many bins, a tenth of all at most, a profile (n,) lies later than the usual one: highest correlation."""
-    n, most = len(profile), len(profile) // 10
-    likeness = {}
-    for lag in sorted(range(-most, most + 1), key=abs):  # of equal ones the smallest wins
-        a, b = profile[max(0, lag) : n + min(0, lag)], usual[max(0, -lag) : n + min(0, -lag)]
-        a, b = a - a.mean(), b - b.mean()
-        likeness[lag] = round(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12), 6)
-    return max(likeness, key=likeness.get)
-
-
-def shifts_of(profiles, usual, recipe):
-    """{"rt_shift": minutes, "mz_shift": m/z} by which the profiles of a picture lie beyond the usual ones."""
-    rt_bin, mz_bin = recipe.bin_size()
-    return {"rt_shift": rt_bin * shift_of(profiles[0], usual[0]), "mz_shift": mz_bin * shift_of(profiles[1], usual[1])}
-
-
-def slow_waves(at):
-    """Waves (6, n) at fractions of an axis. c @ waves, c six normal numbers of deviation s, deviates by s everywhere.
-
-    So do retention time along the gradient and sensitivity along m/z drift from run to run.
-    """
-    phase = np.pi * np.asarray(at)
-    return np.array([wave(k * phase) / k**0.5 for k in (1, 2, 3) for wave in (np.sin, np.cos)]) / (11 / 6) ** 0.5
+def colours(picture, colormap):
+    """Picture uint8 (height, width) -> its colours in a matplotlib colormap, uint8 (height, width, 3)."""
+    table = matplotlib.colormaps[colormap]((np.arange(256) + 0.5) / 256, bytes=True)[:, :3]
+    return np.take(table, picture, axis=0)
 
 
 def read_run(path, min_intensity=0.0):
@@ -210,6 +178,66 @@ def read_run(path, min_intensity=0.0):
     return started.get() if started.isValid() else "", scans()
 
 
+# ---------------------------------------------------------------- drift: the same sample on another day
+def slow_waves(at):
+    """Waves (6, n) at fractions (n,) of an axis, as retention drifts along the gradient and sensitivity along m/z.
+
+    c @ waves with six normal numbers c of standard deviation s deviates by s everywhere: sine and cosine of a pair have
+    squares that add up to 1, and pair k counts 1 / k.
+    """
+    phase = np.pi * np.asarray(at)
+    waves = []
+    for k in (1, 2, 3):
+        waves += [np.sin(k * phase) / k**0.5, np.cos(k * phase) / k**0.5]
+    return np.array(waves) / (1 + 1 / 2 + 1 / 3) ** 0.5
+
+
+def profile_of(picture):
+    """Mean log intensity (n_rt,), 0 ... 1, of a picture uint8 (n_mz, n_rt) at each retention time."""
+    return picture.mean(axis=0) / 255
+
+
+def drift_of(profile, typical, recipe):
+    """Minutes, a tenth of the axis at most, by which a profile (n_rt,) lies later than the typical one.
+
+    It is the lag at which the middle of the typical profile correlates best with what lies there in this one.
+    """
+    n, most = len(profile), len(profile) // 10
+    windows = np.lib.stride_tricks.sliding_window_view(profile, n - 2 * most)  # row `most` has no lag
+    windows = windows - windows.mean(axis=1, keepdims=True)
+    middle = typical[most : n - most] - typical[most : n - most].mean()
+    likeness = windows @ middle / np.maximum(np.linalg.norm(windows, axis=1), 1e-12)
+    best = likeness.argmax()
+    lag = best - most if likeness[best] > likeness[most] + 1e-6 else 0
+    return float(lag * recipe.bin_size()[0])
+
+
+def cohort_of(pictures, recipe):
+    """(typical profile (n_rt,), {statistic: a number a run}) of training pictures, the rows of find_pictures."""
+    profiles = [np.array(text.split(), float) for text in pictures["profile"]]
+    typical = np.mean(profiles, axis=0)
+    cohort = {name: pictures[name].astype(float).tolist() for name in STATISTICS}
+    return typical, cohort | {"rt_drift": [drift_of(profile, typical, recipe) for profile in profiles]}
+
+
+def warnings_of(statistics, cohort, recipe):
+    """What lies far beyond nine of ten training runs in the statistics of a new run, as one line; '' if nothing does.
+
+    Far is a factor of three of total intensity, a tenth of the axis for its ends, 0.05 for the share of intensity
+    outside the axes, two bins of drift: a small cohort of one batch varies less than instruments do.
+    """
+    cohort = pd.DataFrame(cohort)
+    low, high = cohort.quantile(0.05), cohort.quantile(0.95)
+    rt = 0.1 * (high["rt_last"] - low["rt_first"])
+    mz = 0.1 * (high["mz_high"] - low["mz_low"])
+    margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
+    margins["rt_drift"] = 2 * recipe.bin_size()[0]
+    limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items()}
+    limits["total_intensity"] = low["total_intensity"] / 3, high["total_intensity"] * 3
+    far = [name for name, (least, most) in limits.items() if not least <= statistics[name] <= most]
+    return "; ".join(f"{n} is {statistics[n]:.4g} (training runs: {low[n]:.4g} to {high[n]:.4g})" for n in far)
+
+
 # ---------------------------------------------------------------- raw runs and pictures of a data set
 def find_runs(folder):
     """{sample name: path} of the mzML and mzXML files in a folder, packed or not."""
@@ -235,9 +263,9 @@ def files_of(paths):
 
 
 def find_pictures(data_dir, splits=SPLITS):
-    """Table of the pictures of a data set, a row each, and the Recipe that all of them share.
+    """Table of the pictures of a data set, a row each, and the Recipe that all of them share; reads no pixels.
 
-    Columns: path, split, phenotype, sample_name, copy (a shifted one?), and those of samples.csv, group among them.
+    Columns: path, split, phenotype, sample_name, copy (a shifted one?), profile (text), and those of samples.csv.
     """
     data_dir, rows, expected = Path(data_dir), [], None
     if not (data_dir / "samples.csv").is_file():
@@ -247,42 +275,39 @@ def find_pictures(data_dir, splits=SPLITS):
         if not paths:
             raise InputError(f"{data_dir}: no pictures in {split}/<phenotype>/*.png")
         for path in paths:
-            text, recipe = read_text(path)
+            text, recipe = read_header(path)
             expected = expected or recipe
             check_recipe(recipe, expected, path)
-            row = {"path": path, "split": split, "phenotype": path.parent.name, "sample_name": text["sample_name"]}
-            rows.append(row | {"copy": text["shift"] != "0 0"})
-    samples = read_table(data_dir / "samples.csv").drop(columns=["split", "phenotype"])
-    return pd.DataFrame(rows).merge(samples, on="sample_name", how="left"), expected
-
-
-def in_turn(pictures, n, seed):
-    """n rows for a figure, drawn at random with the seed, phenotypes in turn."""
-    drawn = pictures.sample(frac=1, random_state=seed)
-    turn = drawn.groupby("phenotype").cumcount()
-    return drawn.loc[turn.sort_values(kind="stable").index].head(n)
+            copy, phenotype = text["shift"] != "0 0", path.parent.name
+            rows.append((path, split, phenotype, text["sample_name"], copy, text["profile"]))
+    table = pd.DataFrame(rows, columns=["path", "split", "phenotype", "sample_name", "copy", "profile"])
+    samples = read_table(data_dir / "samples.csv").drop(columns=table.columns.drop("sample_name"), errors="ignore")
+    return table.merge(samples, on="sample_name", how="left"), expected
 
 
 def check_recipe(recipe, expected, path):
     """Refuse pictures of another kind: on other axes the same pixel is another compound."""
-    if differing := first_difference(asdict(recipe), asdict(expected)):
-        other = "{} is {}, not {}".format(*differing)
+    if recipe != expected:
+        other = "{} is {}, not {}".format(*first_difference(asdict(recipe), asdict(expected)))
         raise InputError(f"{path}: another kind of picture than the others or the run's: {other}")
 
 
-def read_text(path):
-    """(text chunks, Recipe) of a PNG that convert.py made."""
+def read_header(path):
+    """(text chunks, Recipe) of a PNG that convert.py made; its pixels are not read."""
     try:
         with Image.open(path) as image:
-            return image.text, Recipe.from_text(image.text)
-    except (OSError, SyntaxError, AttributeError, KeyError, ValueError) as error:
+            recipe = Recipe.from_text(image.info)
+            if image.mode != "P" or image.size != recipe.bins or "profile" not in image.info:
+                raise ValueError("other pixels than its recipe says")
+            return image.info, recipe
+    except (OSError, SyntaxError, KeyError, ValueError) as error:
         raise InputError(f"{path}: not a whole picture of this convert.py ({error}); make it again") from None
 
 
 def read_picture(path):
-    """Pixels of a PNG, uint8 (height, width, 3)."""
+    """Picture uint8 (height, width) of a PNG: its log intensity in 256 levels, whose colours are the PNG's palette."""
     with Image.open(path) as image:
-        return np.array(image.convert("RGB"))
+        return np.array(image)
 
 
 # ---------------------------------------------------------------- what is learned, and how well
@@ -292,7 +317,10 @@ def label_of(pictures, classes):
 
 
 def probabilities_of(logits):
-    """Logits (N, 1) of class 1, or (N, K), -> probability of each class (N, 2 or K)."""
+    """Logits (N, 1) of class 1, or (N, K), -> probability of each class (N, 2 or K).
+
+    A logarithm of probabilities (N, K) may stand for logits: the softmax of log p is p.
+    """
     logits = np.asarray(logits, float)
     if logits.shape[1] == 1:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
@@ -301,7 +329,9 @@ def probabilities_of(logits):
 
 def called_class(probabilities, threshold=0.5):
     """Class (N,) of probabilities (N, K): of two, class 1 from `threshold` on; of more, the most probable."""
-    return (probabilities[:, 1] >= threshold).astype(int) if probabilities.shape[1] == 2 else probabilities.argmax(1)
+    if probabilities.shape[1] > 2:
+        return probabilities.argmax(axis=1)
+    return (probabilities[:, 1] >= threshold).astype(int)
 
 
 def confusion_of(labels, called, n_classes):
@@ -343,11 +373,15 @@ def metrics_of(labels, logits, threshold=0.5):
 
 def roc_auc(positive, score):
     """Chance that a positive scores above a negative, ties counting half (Mann-Whitney); nan with one class only."""
-    rank, n, m = pd.Series(score).rank().to_numpy(), positive.sum(), (~positive).sum()
-    return (rank[positive].sum() - n * (n + 1) / 2) / (n * m or np.nan)
+    n_positive = positive.sum()
+    n_negative = len(positive) - n_positive
+    if n_positive == 0 or n_negative == 0:
+        return np.nan
+    least = n_positive * (n_positive + 1) / 2  # sum of their ranks if all positives came last
+    return (rankdata(score)[positive].sum() - least) / (n_positive * n_negative)
 
 
-# ---------------------------------------------------------------- files, figures, command lines
+# ---------------------------------------------------------------- files and command lines
 class InputError(ValueError):
     """Something the user can put right: its message, one line, names the file, flag or column."""
 
@@ -366,31 +400,14 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """The docstring as it stands, and the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default not in (None, "") else action.help
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
-    """Such help; and a wrong flag is answered with one line, without the usage, which would hide it."""
-
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=Help)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def number(kind, low, word=None, high=math.inf):
-    """Type of a flag: an int or float from `low` to `high`, or that word."""
-
-    def parse(text):
-        if text == word:
-            return text
-        if not low <= kind(text) <= high:
-            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
-        return kind(text)
-
-    return parse
+def count(text):
+    """Type of a flag that counts: 1, 2, 3 and so on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
 
 
 @contextmanager
@@ -433,7 +450,10 @@ def read_table(path, skiprows=0, **options):
 
 def first_difference(before, now):
     """(name, value before, value now) of the first setting that differs, None if all of `now` are the same."""
-    return next(((name, before.get(name), now[name]) for name in now if before.get(name) != now[name]), None)
+    for name, value in now.items():
+        if before.get(name) != value:
+            return name, before.get(name), value
+    return None
 
 
 def first_line(error):
@@ -445,28 +465,3 @@ def first_few(names, n=5):
     """'a, b, c and 7 more'"""
     names = sorted(map(str, names))
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
-
-
-@contextmanager
-def figure(path, title, size, **subplots):
-    """Yield the axes of a figure (inches); the PNG is written when the block ends well. "; " in the title breaks it."""
-    drawing = Figure(figsize=size, layout="constrained")
-    axes = drawing.subplots(**subplots)
-    drawing.suptitle(title.replace("; ", "\n"), fontsize=11)
-    yield axes
-    with whole_file(path) as temporary:
-        drawing.savefig(temporary, dpi=150)
-
-
-def show(axis, map_, recipe, **options):
-    """A map or picture on its axes in minutes and m/z."""
-    extent = recipe.rt_min, recipe.rt_max, recipe.mz_min, recipe.mz_max
-    return axis.imshow(map_, extent=extent, aspect="auto", **options)
-
-
-def label_axes(axes):
-    """Retention time and m/z, for a figure of pictures."""
-    for axis in axes.flat:
-        axis.set_axis_on() if axis.images else axis.set_axis_off()
-    axes.flat[0].figure.supxlabel("retention time (min)")
-    axes.flat[0].figure.supylabel("m/z")

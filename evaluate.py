@@ -5,12 +5,12 @@ Article: "Evaluating the final model" (test metrics, Figure 5), and the tables a
 explain it: chance, the order of measurement, drift.
 
     python evaluate.py                                                    # the newest run on its test split
-    python evaluate.py runs/golestan/convnext_large/seed2643 --threshold val
     python evaluate.py runs/golestan/convnext_large/seed2643 --predict new/*.mzML --out new_predictions.csv
     python evaluate.py runs/golestan                    # every run below, by its validation split: no look at the test
     python evaluate.py runs/golestan/convnext_large --ensemble            # its folds or repeats vote on the test split
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -20,25 +20,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata, t
+from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata
 from tqdm import tqdm
 
-from deeplcms import SPLITS, InputError, Parser, figure, number, run_script, write_json, write_table, write_text
-from deeplcms import called_class, check_recipe, confusion_of, files_of, find_pictures, first_few, in_turn
-from deeplcms import label_axes, label_of, metrics_of, picture_of_run, probabilities_of, profiles_of
-from deeplcms import read_picture, roc_auc, shifts_of, show
-from train import find_run, inputs_of, load_run, predict, scores_of
+from deeplcms import SPLITS, Help, InputError, called_class, check_recipe, colours, confusion_of, drift_of, files_of
+from deeplcms import find_pictures, first_few, label_of, metrics_of, picture_of_run, probabilities_of, profile_of
+from deeplcms import read_picture, roc_auc, run_script, warnings_of, write_json, write_table, write_text
+from train import figure, find_run, inputs_of, judged, load_run, predict
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
 DUNN = """Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after Benjamini and Hochberg within
 each metric. Replicates are trainings on the same people: a small p speaks of training, not of new people."""
-FOLDS = """Each picture is judged once, by the fold that held it out: val_ of a fold is on those pictures,
-which chose neither its weights nor its epoch. Folds have scales of their own, which an AUC over all of them mixes."""
-PAIRED = """For each pair a t-test of the differences fold by fold, its variance corrected for training sets that
-overlap (Nadeau and Bengio 2003), adjusted after Benjamini and Hochberg within each metric."""
+FOLDS = """Each picture is judged once, by the fold that held it out: val_ of a fold is on those pictures, which chose
+neither its weights nor its epoch. Fold models are calibrated differently, so distrust a pooled AUC."""
 # Columns of find_pictures that say which run it is, or what it is called, and not how it was measured.
-NO_CONFOUNDERS = ["path", "split", "phenotype", "sample_name", "copy", "label", "group", "status"]
+NO_CONFOUNDERS = ["path", "split", "phenotype", "sample_name", "copy", "profile", "label", "group", "status"]
 
 
 # ---------------------------------------------------------------- what a title says, and who votes
@@ -94,8 +91,8 @@ def originals_of(checkpoint, data, splits):
     return pictures[~pictures["copy"]].reset_index(drop=True)
 
 
-def held_out(checkpoints, data, split):
-    """Table of the pictures of one split, with labels and without copies, and their pixels [uint8 (H, W, 3)]."""
+def unseen_pictures(checkpoints, data, split):
+    """Table of one split, with labels and without copies, and its pictures; no member may have trained on them."""
     folds = [member for member in checkpoints if member["config"]["settings"]["fold"] is not None]
     if split != "test" and any(is_own(fold, data) for fold in folds):
         raise InputError(f"this run is a fold of train and val together and has seen most of {split}")
@@ -103,17 +100,16 @@ def held_out(checkpoints, data, split):
     if unknown := set(pictures["phenotype"]) - set(classes):
         place = data or checkpoints[0]["config"]["settings"]["data"]
         raise InputError(f"{place}: {first_few(unknown)} is none of the run's classes, {', '.join(classes)}")
-    pictures["label"] = label_of(pictures, classes)
-    return pictures, [read_picture(path) for path in pictures["path"]]
+    return pictures.assign(label=label_of(pictures, classes)), [read_picture(path) for path in pictures["path"]]
 
 
-def votes_of(models, images):
-    """Probability (member, picture, class) that each model gives to each class for each picture, uint8 (H, W, 3)."""
+def votes_of(models, recipe, pictures):
+    """Probability (member, picture, class) that each model gives to each class of pictures [uint8 (H, W)]."""
     votes = []
     for model in models:
-        batches = tqdm(inputs_of(model, images).split(32), desc="classifying", disable=None, leave=False)
-        outputs = predict(model, ((batch, None) for batch in batches))
-        votes.append(probabilities_of(torch.cat([logits for logits, _ in outputs])))
+        starts = tqdm(range(0, len(pictures), 32), desc="classifying", unit="batch", disable=None, leave=False)
+        batches = ((inputs_of(model, recipe, pictures[i : i + 32]), None) for i in starts)
+        votes.append(probabilities_of(torch.cat([logits for logits, _ in predict(model, batches)])))
     return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit
 
 
@@ -127,28 +123,11 @@ def calls_of(votes, classes, threshold):
     return table
 
 
-def best_threshold(labels, logits):
-    """The threshold of highest balanced accuracy: halfway between two neighbours, of several the nearest to 0.5."""
-    scores = np.unique(probabilities_of(logits)[:, 1])
-    between = (scores[1:] + scores[:-1]) / 2
-    candidates = sorted([0.5, *between], key=lambda t: abs(t - 0.5))
-    accuracy = [metrics_of(labels, logits, t)["balanced_accuracy"] for t in candidates]
-    return candidates[np.argmax(np.round(accuracy, 12))]  # of equal ones the first
-
-
-def choose_threshold(models, checkpoints, threshold, data=None):
-    """(threshold, the rule in words) of --threshold: a number, or 'val' for the best one on the validation split."""
-    classes = checkpoints[0]["config"]["classes"]
+def rule_of(classes, threshold):
+    """When a class is called, in words."""
     if len(classes) > 2:
-        return None, "the most probable class is called"
-    source = ""
-    if threshold == "val":
-        own = data if is_own(checkpoints[0], data) else None
-        pictures, images = held_out(checkpoints, own, "val")
-        logits = np.log(votes_of(models, images).mean(0))
-        threshold = best_threshold(pictures["label"].to_numpy(), logits)
-        source = f", the best balanced accuracy on {len(pictures)} pictures of the validation split"
-    return threshold, f"{classes[1]} is called where its probability is {threshold:.4g} or more{source}"
+        return "the most probable class is called"
+    return f"{classes[1]} is called where its probability is {threshold:.4g} or more"
 
 
 # ---------------------------------------------------------------- how well, and how certainly
@@ -204,25 +183,22 @@ def ranks_of(column):
     return column.rank() if column.nunique() <= 10 else numbers
 
 
-def confounders_of(pictures, probabilities):
-    """Table of what else is known of each run: can it tell the classes apart alone, and do the calls follow it?
+def confounders_of(pictures):
+    """Table of what else is known of each run: can it tell the classes apart alone?
 
     auc: of the class that it tells best from the others (of two: class 1); q: of a Kruskal-Wallis test, after Benjamini
-    and Hochberg. r_within_class: rank correlation with the probability of the last class, each true class by itself.
+    and Hochberg.
     """
     rows = {}
     for name in pictures.columns.difference(NO_CONFOUNDERS, sort=False):
-        known = pictures[["label"]].assign(rank=ranks_of(pictures[name]), p=probabilities[:, -1]).dropna()
+        known = pictures[["label"]].assign(rank=ranks_of(pictures[name])).dropna()
         label, by_class = known["label"], known.groupby("label")
         if known["rank"].nunique() < 2 or len(by_class) < 2:
             continue
         test = kruskal(*[ranks for _, ranks in by_class["rank"]])
         aucs = [roc_auc(label == k, known["rank"]) for k in sorted(by_class.groups, reverse=True)]
-        within = by_class.rank(pct=True)
-        within -= within.groupby(label).transform("mean")
-        best = max(aucs, key=lambda auc: abs(auc - 0.5))
-        rows[name] = [best, test.pvalue, within["rank"].corr(within["p"])]
-    table = pd.DataFrame.from_dict(rows, "index", columns=["auc", "q", "r_within_class"])
+        rows[name] = [max(aucs, key=lambda auc: abs(auc - 0.5)), test.pvalue]
+    table = pd.DataFrame.from_dict(rows, "index", columns=["auc", "q"])
     if rows:
         table["q"] = false_discovery_control(table["q"])
     return table
@@ -233,186 +209,159 @@ def flagged(confounders):
     return list(confounders.index[(confounders["q"] < 0.05) & (abs(confounders["auc"] - 0.5) > 0.2)])
 
 
-def by_chance(run, checkpoint, labels, images, threshold):
-    """Metrics, a row for each run beside this one that was trained with its settings but on shuffled labels."""
-    rows = []
-    for other in sorted(run.parent.glob("seed*-shuffled/best.pt")):
-        model, shuffled = load_run(other.parent)
-        settings = shuffled["config"]["settings"]
-        changed = {"shuffle_labels": True, "seed": settings["seed"]}
-        if settings == checkpoint["config"]["settings"] | changed:
-            logits = np.log(votes_of([model], images)[0])
-            rows.append(metrics_of(labels, logits, threshold))
-    return pd.DataFrame(rows)
-
-
 # ---------------------------------------------------------------- one run, or several that vote
 def evaluate(runs, home, args):
-    """Judge a run, or several that vote, on one split; results go to --out or `home`, of other data to its folders."""
-    if args.threshold == "val" and args.split == "val":
-        raise InputError("--threshold val with --split val would choose and judge on the same pictures")
+    """Judge a run, or several that vote, on one split; results go to --out or `home`, of other data to its folders.
+
+    Writes metrics.json, predictions.csv, test.png and prediction_matrix.png, and prints the same.
+    """
     models, checkpoints = load_members(runs)
     checkpoint = checkpoints[0]
     recipe, classes = checkpoint["recipe"], checkpoint["config"]["classes"]
-    pictures, images = held_out(checkpoints, args.data, args.split)
-    threshold, rule = choose_threshold(models, checkpoints, args.threshold, args.data)
-    votes = votes_of(models, images)
-    calls = calls_of(votes, classes, threshold)
-    labels, probabilities = pictures["label"].to_numpy(), votes.mean(0)
-    metrics = judge(labels, np.log(probabilities), pictures["group"].to_numpy(), threshold)
-    null = by_chance(runs[0], checkpoint, labels, images, threshold) if len(runs) == 1 else []
-    if len(null):
-        better = np.where(metrics.index == "brier", -1, 1)
-        as_good = better * (null[metrics.index] - metrics["value"]) >= 0
-        metrics["p"] = (1 + as_good.sum()) / (1 + len(null))
-    shifts = [shifts_of(profiles_of(image, recipe), checkpoint["profiles"], recipe) for image in images]
-    confounders = confounders_of(pictures.join(pd.DataFrame(shifts)), probabilities)
+    table, pictures = unseen_pictures(checkpoints, args.data, args.split)
+    votes = votes_of(models, recipe, pictures)
+    labels, probabilities = table["label"].to_numpy(), votes.mean(0)
+    metrics = judge(labels, np.log(probabilities), table["group"].to_numpy(), args.threshold)
+    confusion = confusion_of(labels, called_class(probabilities, args.threshold), len(classes))
+    drifts = [drift_of(profile_of(picture), checkpoint["profile"], recipe) for picture in pictures]
+    confounders = confounders_of(table.assign(rt_drift=drifts))
+    suspects = flagged(confounders)
 
     data_set = Path(args.data).resolve().name if args.data else checkpoint["config"]["data_set"]
-    usual = args.split == "test" and is_own(checkpoint, args.data)
-    folder = Path(args.out or (home if usual else home / f"{data_set}-{args.split}"))
+    ordinary = args.split == "test" and is_own(checkpoint, args.data)
+    folder = Path(args.out or (home if ordinary else home / f"{data_set}-{args.split}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    title = title_of(checkpoints, f"{data_set}, {args.split} split, {len(labels)} pictures")
     result = {
-        "title": title_of(checkpoints, f"{data_set}, {args.split} split, {len(labels)} pictures"),
+        "title": title,
         "run": ", ".join(map(str, runs)),
         "split": args.split,
-        "threshold": threshold,
-        "rule": rule,
+        "threshold": args.threshold if len(classes) == 2 else None,
+        "rule": rule_of(classes, args.threshold),
         "classes": classes,
-        "confusion": confusion_of(labels, called_class(probabilities, threshold), len(classes)),
-        "metrics": metrics,
-        "shuffled_runs": len(null),
-        "confounders": confounders,
-        "flagged": flagged(confounders),
+        "confusion": confusion.tolist(),
+        "metrics": metrics.replace({np.nan: None}).to_dict("index"),
+        "confounders": confounders.replace({np.nan: None}).to_dict("index"),
+        "flagged": suspects,
     }
-    write_results(folder, result, pictures, calls, recipe)
-    epochs = [f"run {run}, epoch {member['epoch']}" for run, member in zip(runs, checkpoints, strict=True)]
-    print_results(folder, result, epochs)
-
-
-def write_results(folder, result, pictures, calls, recipe):
-    """metrics.json, predictions.csv and the four figures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    title, classes, confusion = result["title"], result["classes"], result["confusion"]
-    contents = result | {"confusion": confusion.tolist()}
-    for name in ("metrics", "confounders"):
-        contents[name] = result[name].replace({np.nan: None}).to_dict("index")
     if len(classes) == 2:
-        contents |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
-    write_json(folder / "metrics.json", contents)
-    predictions = pictures[["sample_name", "group", "phenotype"]].join(calls)
-    predictions.insert(4, "right", np.where(calls["called"] == pictures["phenotype"], "yes", "no"))
-    predictions["file"] = pictures["path"]
+        result |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
+    write_json(folder / "metrics.json", result)
+    calls = calls_of(votes, classes, args.threshold)
+    predictions = table[["sample_name", "group", "phenotype"]].join(calls)
+    predictions.insert(4, "right", np.where(calls["called"] == table["phenotype"], "yes", "no"))
+    predictions["file"] = table["path"]
     write_table(folder / "predictions.csv", predictions)
-
-    labels, probabilities = pictures["label"].to_numpy(), calls.filter(regex="^probability_").to_numpy()
-    draw_confusion(folder / "confusion.png", confusion, classes, title)
-    draw_roc(folder / "roc.png", labels, probabilities, confusion, result["metrics"].loc["roc_auc"], classes, title)
-    # The other two show the probability of class 1, or with more classes of the class called.
+    # The figures show the probability of class 1, or with more classes of the class called.
     predictions["of"] = classes[1] if len(classes) == 2 else calls["called"]
     predictions["p"] = probabilities[:, 1] if len(classes) == 2 else probabilities.max(1)
-    draw_calibration(folder / "calibration.png", predictions, title)
-    draw_prediction_matrix(folder / "prediction_matrix.png", predictions, recipe, title)
+    draw_test(folder / "test.png", labels, probabilities, confusion, metrics, classes, predictions, title)
+    draw_prediction_matrix(folder / "prediction_matrix.png", predictions, pictures, recipe, title)
 
-
-def print_results(folder, result, epochs):
     decimals = "{:.3f}".format
-    print(result["title"], *epochs, result["rule"], sep="\n")
-    confusion = pd.DataFrame(result["confusion"], result["classes"], result["classes"])
-    print(f"\n{confusion.rename_axis('true / called')}\n")
-    print(result["metrics"].to_string(float_format=decimals, na_rep="undefined"))
-    if result["metrics"]["low"].isna().all():
+    epochs = [f"run {run}, epoch {member['epoch']}" for run, member in zip(runs, checkpoints, strict=True)]
+    print(title, *epochs, result["rule"], sep="\n")
+    print(f"\n{pd.DataFrame(confusion, classes, classes).rename_axis('true / called')}\n")
+    print(metrics.to_string(float_format=decimals, na_rep="undefined"))
+    if metrics["low"].isna().all():
         print(f"no intervals: they need {FEWEST} pictures (or groups) of each class")
-    if result["shuffled_runs"]:
-        print(f"p: the share, of {result['shuffled_runs']} runs on shuffled labels and this one, that do as well")
-    print("\nWhat else is known of these runs, what it tells alone, and whether the probability follows it in a class:")
-    print(result["confounders"].to_string(float_format=decimals, na_rep="undefined"))
-    for name in result["flagged"]:
+    print("\nWhat else is known of these runs, and how well it alone tells the phenotypes apart:")
+    print(confounders.to_string(float_format=decimals, na_rep="undefined"))
+    for name in suspects:
         print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")
     print(f"\nresults: {folder}/")
 
 
-def draw_confusion(path, confusion, classes, title):
+def draw_test(path, labels, probabilities, confusion, metrics, classes, predictions, title):
+    """Confusion matrix, ROC curves and calibration, side by side."""
+    with figure(path, title, (17, 6.4), ncols=3) as (left, middle, right):
+        draw_confusion(left, confusion, classes)
+        draw_roc(middle, labels, probabilities, confusion, metrics.loc["roc_auc"], classes)
+        draw_calibration(right, predictions)
+
+
+def draw_confusion(ax, confusion, classes):
     """Counts, shaded by the share of each true class."""
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    side = 3.6 + 0.9 * len(classes)
-    with figure(path, title, size=(side, side)) as ax:
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=2)  # the lighter half: black on it is legible
-        for (i, j), count in np.ndenumerate(confusion):
-            ax.text(j, i, f"{count}\n{share[i, j]:.0%}", ha="center", va="center")
-        ax.set_xticks(range(len(classes)), classes)
-        ax.set_yticks(range(len(classes)), classes)
-        ax.set(xlabel="called", ylabel="true phenotype")
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=2)  # the lighter half: black on it is legible
+    for (i, j), n in np.ndenumerate(confusion):
+        ax.text(j, i, f"{n}\n{share[i, j]:.0%}", ha="center", va="center")
+    ax.set_xticks(range(len(classes)), classes)
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(xlabel="called", ylabel="true phenotype")
+    ax.set_title("Number of pictures, share of the true phenotype", fontsize=10)
 
 
-def draw_roc(path, labels, probabilities, confusion, auc, classes, title):
-    two = len(classes) == 2
-    with figure(path, title, size=(6, 6.8)) as ax:
-        ax.plot([0, 1], [0, 1], ":", color="grey", label="chance")
-        for k in [1] if two else range(len(classes)):
-            # Share of all others and of the class at each score or above it: equal scores make one step.
-            curve = pd.crosstab(probabilities[:, k], labels == k, normalize="columns")[::-1].cumsum()
-            if curve.shape[1] == 2:  # else there are none of the class, or no others
-                ax.plot([0, *curve[False]], [0, *curve[True]], label=classes[k])
-        if two:
-            rates = confusion[:, 1] / np.maximum(confusion.sum(1), 1)  # of false and of true positives
-            ax.plot(*rates, "ko", label="threshold")
-        interval = f"95 % interval {auc['low']:.3f} - {auc['high']:.3f}"
-        if np.isnan(auc["low"]):
-            interval = "too few for an interval"
-        ax.set_title(f"ROC AUC {auc['value']:.3f} ({interval})", fontsize=10)
-        ax.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
-        ax.legend(loc="lower right", frameon=False)
+def draw_roc(ax, labels, probabilities, confusion, auc, classes):
+    """A curve for each class, of two for class 1, with the point of the threshold."""
+    ax.plot([0, 1], [0, 1], ":", color="grey", label="chance")
+    for k in [1] if len(classes) == 2 else range(len(classes)):
+        # Share of all others and of the class at each score or above it: equal scores make one step.
+        curve = pd.crosstab(probabilities[:, k], labels == k, normalize="columns")[::-1].cumsum()
+        if curve.shape[1] == 2:  # else there are none of the class, or no others
+            ax.plot([0, *curve[False]], [0, *curve[True]], label=classes[k])
+    if len(classes) == 2:
+        false_and_true_positives = confusion[:, 1] / np.maximum(confusion.sum(1), 1)
+        ax.plot(*false_and_true_positives, "ko", label="threshold")
+    interval = "95 % interval {low:.3f} - {high:.3f}".format(**auc)
+    if np.isnan(auc["low"]):
+        interval = "too few for an interval"
+    ax.set_title(f"ROC AUC {auc['value']:.3f} ({interval})", fontsize=10)
+    ax.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
+    ax.legend(loc="lower right", frameon=False)
 
 
-def draw_calibration(path, predictions, title):
+def draw_calibration(ax, predictions):
     """Does a probability of 0.8 come true in eight of ten? Means of five bins of equal width."""
     place = (predictions["p"] * 5).astype(int).clip(upper=4)
-    with figure(path, title, size=(6, 6.8)) as ax:
-        ax.plot([0, 1], [0, 1], ":", color="grey")
-        for _, rows in predictions.groupby(place):
-            came_true = rows["phenotype"] == rows["of"]
-            p, share = rows["p"].mean(), came_true.mean()
-            ax.plot([p, p], wilson(came_true), "C0")
-            ax.plot(p, share, "C0o")
-            ax.annotate(f" {len(rows)}", (p, share))
-        names = predictions["of"].unique()
-        ax.set_xlabel(f"predicted probability of {names[0] if len(names) == 1 else 'the class called'}")
-        ax.set(ylabel="share for which it came true", box_aspect=1)
-        ax.set_title("95 % Wilson intervals; beside each dot its number of pictures", fontsize=10)
+    ax.plot([0, 1], [0, 1], ":", color="grey")
+    for _, rows in predictions.groupby(place):
+        came_true = rows["phenotype"] == rows["of"]
+        p, share = rows["p"].mean(), came_true.mean()
+        ax.plot([p, p], wilson(came_true), "C0")
+        ax.plot(p, share, "C0o")
+        ax.annotate(f" {len(rows)}", (p, share))
+    names = predictions["of"].unique()
+    ax.set_xlabel(f"predicted probability of {names[0] if len(names) == 1 else 'the class called'}")
+    ax.set(ylabel="share for which it came true", box_aspect=1)
+    ax.set_title("Calibration: 95 % Wilson intervals, number of pictures", fontsize=10)
 
 
-def draw_prediction_matrix(path, predictions, recipe, title):
+def draw_prediction_matrix(path, predictions, pictures, recipe, title):
     """Article, Figure 5: nine pictures, phenotypes in turn; green is right."""
     looks = {"yes": ("#1a8a3a", "right"), "no": ("#d62728", "wrong")}
     with figure(path, title, (10, 10.5), nrows=3, ncols=3, sharex=True, sharey=True) as axes:
         for axis, row in zip(axes.flat, in_turn(predictions, 9, SEED).itertuples(), strict=False):
             colour, word = looks[row.right]
-            show(axis, read_picture(row.file), recipe)
+            show(axis, colours(pictures[row.Index], recipe.colormap), recipe)
             text = f"{row.sample_name[:30]}: P({row.of}) = {row.p:.3f}\ntrue phenotype: {row.phenotype} ({word})"
             axis.set_title(text, color=colour, fontsize=10)
             axis.spines[:].set(color=colour, linewidth=4)
         label_axes(axes)
 
 
+def in_turn(pictures, n, seed):
+    """n rows for a figure, drawn at random with the seed, phenotypes in turn."""
+    drawn = pictures.sample(frac=1, random_state=seed)
+    turn = drawn.groupby("phenotype").cumcount()
+    return drawn.loc[turn.sort_values(kind="stable").index].head(n)
+
+
+def show(axis, map_, recipe, **options):
+    """A map or picture on its axes in minutes and m/z."""
+    extent = recipe.rt_min, recipe.rt_max, recipe.mz_min, recipe.mz_max
+    return axis.imshow(map_, extent=extent, aspect="auto", **options)
+
+
+def label_axes(axes):
+    """Retention time and m/z, for a figure of pictures."""
+    for axis in axes.flat:
+        axis.set_axis_on() if axis.images else axis.set_axis_off()
+    axes.flat[0].figure.supxlabel("retention time (min)")
+    axes.flat[0].figure.supylabel("m/z")
+
+
 # ---------------------------------------------------------------- new raw runs
-def warnings_of(statistics, cohort, recipe):
-    """What lies far beyond nine of ten training runs in the statistics of a new run, as one line; '' if nothing does.
-
-    Far is a factor of three of total intensity, a tenth of the axis for its ends, 0.05 for the share of intensity
-    outside the axes, two bins of drift: a small cohort of one batch varies less than instruments do.
-    """
-    cohort = pd.DataFrame(cohort)
-    low, high = cohort.quantile(0.05), cohort.quantile(0.95)
-    rt = 0.1 * (high["rt_last"] - low["rt_first"])
-    mz = 0.1 * (high["mz_high"] - low["mz_low"])
-    margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
-    margins["rt_shift"], margins["mz_shift"] = 2 * np.array(recipe.bin_size())
-    limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items()}
-    limits["total_intensity"] = low["total_intensity"] / 3, high["total_intensity"] * 3
-    far = [name for name, (least, most) in limits.items() if not least <= statistics[name] <= most]
-    return "; ".join(f"{n} is {statistics[n]:.4g} (training runs: {low[n]:.4g} to {high[n]:.4g})" for n in far)
-
-
 def predict_files(runs, args):
     """Table of the probabilities of raw runs; an unreadable one costs a line on stderr and exit status 1, returned."""
     if args.out and Path(args.out).exists():
@@ -420,23 +369,23 @@ def predict_files(runs, args):
     models, checkpoints = load_members(runs)
     checkpoint = checkpoints[0]
     config, recipe = checkpoint["config"], checkpoint["recipe"]
-    threshold, rule = choose_threshold(models, checkpoints, args.threshold)
-    print(title_of(checkpoints, config["data_set"]), rule, "", sep="\n")
-    files, images, rows = files_of(args.predict), [], []
+    print(title_of(checkpoints, config["data_set"]), rule_of(config["classes"], args.threshold), "", sep="\n")
+    files, pictures, rows = files_of(args.predict), [], []
     for path in tqdm(files, desc="reading", disable=None):
         try:
-            image, statistics = picture_of_run(path, recipe)
+            picture, statistics = picture_of_run(path, recipe)
         except (InputError, OSError) as error:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
-        shifts = shifts_of(profiles_of(image, recipe), checkpoint["profiles"], recipe)
-        warning = warnings_of(statistics | shifts, checkpoint["cohort"], recipe)
-        images.append(image)
-        rows.append({"file": str(path), **shifts, "warning": warning})
+        statistics["rt_drift"] = drift_of(profile_of(picture), checkpoint["profile"], recipe)
+        warning = warnings_of(statistics, checkpoint["cohort"], recipe)
+        pictures.append(picture)
+        rows.append({"file": str(path), "rt_drift": statistics["rt_drift"], "warning": warning})
     if rows:
         measured = pd.DataFrame(rows)
-        calls = calls_of(votes_of(models, images), config["classes"], threshold)
-        table = measured[["file"]].join(calls).join(measured.drop(columns="file"))
+        votes = votes_of(models, recipe, pictures)
+        calls = calls_of(votes, config["classes"], args.threshold)
+        table = measured[["file"]].join(calls).join(measured[["rt_drift", "warning"]])
         print(table.to_string(index=False, float_format="{:.4f}".format))
         if args.out:
             write_table(args.out, table)
@@ -455,8 +404,7 @@ def runs_below(paths):
 def row_of(run):
     """A run in a comparison: its best epoch by validation loss; `settings` are what its replicates share.
 
-    A fold has chosen its epoch on its validation pictures, and is judged here on those that it held out. test_p is the
-    permutation p of the test AUC, where evaluate.py has found one.
+    A fold has chosen its epoch on its validation pictures, and is judged here on those that it held out.
     """
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     settings = config["settings"]
@@ -472,19 +420,16 @@ def row_of(run):
         "seconds": epochs["seconds"].sum(),
         "seed": seed,
         "fold": "",
-        "chance_loss": config.get("chance_loss"),
+        "chance_loss": config["chance_loss"],
         "notes": ", ".join(cautions(config)),
         "run": str(run),
         "settings": json.dumps(settings),
         "held_out": None,
     }
-    if (run / "metrics.json").exists():
-        row["test_p"] = json.loads((run / "metrics.json").read_text())["metrics"]["roc_auc"].get("p")
     if fold is not None:
         pictures = read_held_out(run)
         logits = torch.tensor(pictures.filter(regex="^logit_").to_numpy())
-        scores = scores_of("val", [(logits, torch.tensor(pictures["label"]))])
-        row |= {"fold": fold, "held_out": pictures, **scores}
+        row |= {"fold": fold, "held_out": pictures, **judged("val", [(logits, torch.tensor(pictures["label"]))])}
     return row
 
 
@@ -526,40 +471,16 @@ def dunn(groups):
     return p
 
 
-def paired(groups, k):
-    """p values of the differences, training by training and fold by fold, of each pair of models (seed, fold of k).
-
-    As training sets overlap, the variance of their mean is larger than 1 / n of that of the differences, by the size of
-    a held-out fold over that of the k - 2 for training (Nadeau and Bengio 2003).
-    """
-    p = []
-    for a, b in itertools.combinations(groups, 2):
-        difference = (a - b).dropna()
-        if not difference.any():
-            p.append(1.0)  # alike in every fold
-            continue
-        n = len(difference)
-        error = np.sqrt(difference.var() * (1 / n + 1 / (k - 2)))
-        p.append(2 * t.sf(abs(difference.mean()) / error, n - 1))
-    return p
-
-
 def tests_of(replicates, metrics):
-    """(what was tested, table of p values by metric), adjusted after Benjamini and Hochberg."""
+    """Table of p values by metric, those of the pairs adjusted after Benjamini and Hochberg."""
     pairs = [f"{a} / {b}" for a, b in itertools.combinations(replicates, 2)]
-    in_folds = all((rows["fold"] != "").all() for rows in replicates.values())
-    tests = pd.DataFrame(np.nan, pairs if in_folds else ["Kruskal-Wallis", *pairs], metrics)
+    tests = pd.DataFrame(np.nan, ["Kruskal-Wallis", *pairs], metrics)
     for name in metrics:
-        groups = [rows.set_index(["seed", "fold"])[name] for rows in replicates.values()]
-        if not np.ptp(np.concatenate(groups)) > 0:
-            continue  # all alike, or one is undefined: nothing can be said
-        if in_folds:
-            k = min(json.loads(rows["settings"].iloc[0])["folds"] for rows in replicates.values())
-            tests.loc[pairs, name] = false_discovery_control(paired(groups, k))
-        else:
-            tests.loc[pairs, name] = false_discovery_control(dunn(groups))
+        groups = [rows[name].to_numpy() for rows in replicates.values()]
+        if np.ptp(np.concatenate(groups)) > 0:  # else all are alike, or one is undefined: nothing can be said
             tests.loc["Kruskal-Wallis", name] = kruskal(*groups).pvalue
-    return (PAIRED if in_folds else DUNN), tests
+            tests.loc[pairs, name] = false_discovery_control(dunn(groups))
+    return tests
 
 
 def draw_replicates(path, replicates, metrics):
@@ -586,8 +507,8 @@ def compare(runs, out):
     write_table(out / "comparison.csv", table.drop(columns="settings"))
     columns = ["data_set", "backbone", "parameters_millions", "best_epoch"]
     columns += [name.replace("val_", "train_") for name in metrics]
-    columns += [*metrics, "chance_loss", "test_p", "seconds", "seed", "fold", "notes"]
-    parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table.filter(columns)}
+    columns += [*metrics, "chance_loss", "seconds", "seed", "fold", "notes"]
+    parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table[columns]}
     if (table["fold"] != "").any():
         held_out = pd.concat(held_out)  # without the None of other runs
         write_table(out / "out_of_fold.csv", held_out)
@@ -600,10 +521,10 @@ def compare(runs, out):
         together["runs", ""] = groups.size()
         parts["Replicates: median and standard deviation; see replicates.png"] = together
         draw_replicates(out / "replicates.png", replicates, metrics)
-    contenders = {label: rows for label, rows in replicates.items() if "shuffled" not in label}
-    if len(contenders) > 1:
-        what, tests = tests_of(contenders, metrics)
-        parts[f"p values. {what}"] = tests
+    # Seeds are contenders; folds of one cohort are no independent trials, and a control is none.
+    seeds = {name: rows for name, rows in replicates.items() if (rows["fold"] == "").all() and "shuffled" not in name}
+    if len(seeds) > 1:
+        parts[f"p values. {DUNN}"] = tests_of(seeds, metrics)
     text = []
     for title, part in parts.items():
         text.append(f"{title}\n\n```\n{part.to_string(float_format='{:.3g}'.format)}\n```")
@@ -612,8 +533,8 @@ def compare(runs, out):
 
 
 # ---------------------------------------------------------------- command line
-def make_parser():
-    parser = Parser(__doc__)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="a run (default: the newest); several, or a folder, are compared")
     add("--ensemble", action="store_true", help="runs or folds of one data set vote and are judged as one run")
@@ -621,16 +542,11 @@ def make_parser():
     add = parser.add_argument_group("one run, or an ensemble").add_argument
     add("--data", metavar="DIR", help="another data set, or where the run's own has moved")
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
-    threshold = "call class 1 from this probability on; val chooses it on the validation split"
-    add("--threshold", type=number(float, 0, "val"), default=0.5, metavar="P|val", help=threshold)
+    add("--threshold", type=float, default=0.5, metavar="P", help="call class 1 from this probability on")
     new = "new raw runs, or folders; several RUNs vote; --out is never replaced"
     add("--predict", nargs="+", metavar="FILE", help=new)
-    return parser
-
-
-def main():
-    parser = make_parser()
     args = parser.parse_args()
+
     runs = runs_below(args.runs) if args.runs else [find_run()]
     if args.predict:
         return predict_files(runs, args)

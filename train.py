@@ -1,8 +1,7 @@
 """Train a classifier of pictures: a timm backbone, a new head, one visible loop.
 
 Article, "Transfer learning", "Hyperparameter optimisation" and "Evaluating the final model". Read `Classifier`, then
-`fit`, the loop of every mode: what is fed into it (fresh pictures or stored features, all of them or a fold, a share of
-them in each of several processes) is decided before it, in `make_loaders`.
+`fit`, the loop of every mode; what is fed into it, fresh pictures or stored features, `make_loaders` decides.
 
     python train.py --backbone mobileone_s3                       # the demo cohort, made first if it is not there
     python train.py --backbone mobileone_s3 --data data/golestan --repeats 5
@@ -12,12 +11,10 @@ them in each of several processes) is decided before it, in `make_loaders`.
     torchrun --nproc-per-node 4 train.py --backbone convnext_large --data data/golestan --finetune all
 
 The same command goes on where it was stopped, or says that it is finished; other settings need another --out or --name.
-Under torchrun W processes with batch size B take the steps of one process with batch size W x B, but for the statistics
-of batch norms, which each process takes of its own share.
+Under torchrun W processes with batch size B take the steps of one with W x B, but for statistics of batch norms.
 """
 
 import argparse
-import collections
 import difflib
 import functools
 import itertools
@@ -29,6 +26,7 @@ import sys
 import time
 import warnings
 import zlib
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,21 +37,22 @@ import pandas as pd
 import timm
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
+from optuna.trial import TrialState
 from optuna.visualization.matplotlib import plot_optimization_history
-from scipy.optimize import minimize
+from scipy.stats import entropy
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, TensorDataset
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from convert import STATISTICS
-from deeplcms import InputError, Parser, Recipe, figure, run_script, whole_file, write_json, write_table
-from deeplcms import colours, find_pictures, first_difference, first_few, first_line, intensity_of, label_of
-from deeplcms import metrics_of, number, profiles_of, read_picture, shifts_of, slow_waves
+from deeplcms import Help, InputError, Recipe, cohort_of, colours, count, find_pictures, first_difference, first_few
+from deeplcms import first_line, label_of, metrics_of, read_picture, run_script, slow_waves, whole_file, write_json
+from deeplcms import write_table
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
 ARTICLE = """
@@ -66,8 +65,7 @@ ARTICLE = """
     maxvit_nano_rw_256.sw_in1k coat_mini.in1k tf_efficientnetv2_b2.in1k fbnetv3_d.ra2_in1k rexnet_200.nav_in1k
     mixnet_xl.ra_in1k""".split()
 
-# What takes the place of the defaults when no --data is given, so that two CPU cores need minutes, not hours. The whole
-# network is trained, with pretrained weights too: what was measured to work with and without a network.
+# Defaults when no --data is given, so that two CPU cores need minutes, not hours.
 DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 20, "lr": 0.01, "finetune": "all"}
 
 OPTIMIZERS = {
@@ -81,23 +79,24 @@ SCHEDULERS = {
     "plateau": lambda optimizer, args: ReduceLROnPlateau(optimizer, patience=max(1, args.patience // 3)),
 }
 
-# The article's augmentation is that of photographs; the other is what an instrument does (.github/EXPERIMENTS.md).
+# What happens to a training picture, for a fork to edit: what an instrument does (.github/EXPERIMENTS.md), and what the
+# article does to photographs, for its final model and for those before. warp: drift of retention, percent of its axis;
+# gain: of the logarithm of sensitivity along m/z (deviations). erase: chance that a rectangle is blank, erase_size: the
+# largest, a share of the picture. rotate: degrees at most. color_jitter: of brightness, contrast and saturation.
 AUGMENTATION = {
-    "physical": {"warp": 1.0, "gain": 0.3, "erase": 0.5, "erase_size": 0.01, "rotate": 0.0, "color_jitter": 0.0},
-    "article": {"warp": 0.0, "gain": 0.0, "erase": 1.0, "erase_size": 0.33, "rotate": 5.0, "color_jitter": 0.25},
-    "none": {"warp": 0.0, "gain": 0.0, "erase": 0.0, "erase_size": 0.01, "rotate": 0.0, "color_jitter": 0.0},
+    "physical": {"warp": 1.0, "gain": 0.3, "erase": 0.5, "erase_size": 0.01, "rotate": 0, "color_jitter": 0},
+    "article": {"warp": 0, "gain": 0, "erase": 1.0, "erase_size": 0.33, "rotate": 5, "color_jitter": 0.25},
+    "article-early": {"warp": 0, "gain": 0, "erase": 0.05, "erase_size": 0.33, "rotate": 5, "color_jitter": 0.05},
+    "none": {"warp": 0, "gain": 0, "erase": 0, "erase_size": 0, "rotate": 0, "color_jitter": 0},
 }
 
-# Of a head that is solved: L2 penalties, from strong to weak.
-PENALTIES = np.logspace(0, -7, 15)
-
+PENALTIES = np.logspace(0, -7, 15)  # of a head that is solved: L2, from strong to weak
 # What --tune tries, every combination of it: flags and their values.
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
-
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
 NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "out", "demo")
-RECENT = 256  # pictures that the standardisation of a network in training is fitted to
-DRAW_SEED = 2643  # of stored draws, so that repeats, folds and trials share them
+VIEWS_SEED = 2643  # of stored views, so that repeats, folds and trials share them
+CHANNELS = 3  # of an input: red, green and blue of the colormap
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 CUDA = torch.cuda.is_available()
@@ -109,107 +108,102 @@ def say(text):
         print(text, flush=True)  # into a log file too, line by line
 
 
-def progress(batches, title):
-    return tqdm(batches, desc=title, unit="batch", leave=False, disable=None if RANK == 0 else True)
+def progress(batches, title, total=None):
+    return tqdm(batches, desc=title, total=total, unit="batch", leave=False, disable=None if RANK == 0 else True)
+
+
+@contextmanager
+def figure(path, title, size, **subplots):
+    """Yield the axes of a figure (inches); the PNG is written when the block ends well. "; " in the title breaks it."""
+    drawing = Figure(figsize=size, layout="constrained")
+    axes = drawing.subplots(**subplots)
+    drawing.suptitle(title.replace("; ", "\n"), fontsize=11)
+    yield axes
+    with whole_file(path) as temporary:
+        drawing.savefig(temporary, dpi=150)
 
 
 # ---------------------------------------------------------------- pictures
-def evaluation_transform(model):
-    """uint8 (H, W, 3) -> float (3, size, size): squashed, never cropped, as position is the measurement."""
-    squash = v2.Resize((model.image_size, model.image_size))
-    scale = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([v2.ToImage(), squash, scale, v2.Normalize(model.mean, model.std), v2.ToPureTensor()])
+def to_input(model, recipe, jitter=0):
+    """The one way of a picture, uint8 (H, W), into a network: float (CHANNELS, size, size), coloured and normalised.
+
+    It is squashed to the size, never cropped, as position is the measurement. jitter: of photographs, in the article's
+    augmentation. For one grey channel in place of three colours change CHANNELS and the first step.
+    """
+    steps = [v2.Lambda(functools.partial(colours, colormap=recipe.colormap)), v2.ToImage()]
+    if jitter:
+        steps.append(v2.ColorJitter(jitter, jitter, jitter))
+    steps += [v2.Resize((model.image_size, model.image_size)), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose([*steps, v2.Normalize(model.mean, model.std), v2.ToPureTensor()])
 
 
-def inputs_of(model, pictures):
-    """Pictures [uint8 (H, W, 3)] as the model takes them, float (N, 3, size, size)."""
-    transform = evaluation_transform(model)
+def inputs_of(model, recipe, pictures):
+    """Pictures [uint8 (H, W)] as the model takes them, float (N, CHANNELS, size, size)."""
+    transform = to_input(model, recipe)
     return torch.stack([transform(picture) for picture in pictures]).contiguous()
 
 
 def training_transform(model, recipe, args):
-    """The evaluation transform of the picture of a run that an instrument, or a camera, could have measured instead.
+    """The same for the picture of a run that an instrument, or a camera, could have measured instead."""
+    draw = v2.Lambda(functools.partial(augmented, args=args))
+    return v2.Compose([draw, to_input(model, recipe, args.color_jitter)])
 
-    What is moved or erased is log intensity, 0 ... 1: uncovered or erased means "nothing measured" in any colormap.
-    The article's augmentation ("Evaluating the final model", Figure 4) is --augmentation article.
+
+def augmented(picture, args):
+    """A random draw of a picture, uint8 (H, W): the same sample on another day, or what --augmentation makes of it.
+
+    What is moved or erased is log intensity: uncovered or erased means "nothing measured" in any colormap. The
+    article's augmentation ("Evaluating the final model", Figure 4) is --augmentation article.
     """
-    steps = [
-        v2.Lambda(functools.partial(intensity_of, colormap=recipe.colormap)),
-        v2.ToImage(),  # (1, H, W)
-        v2.Lambda(functools.partial(drifted, warp=args.warp / 100, gain=args.gain)),
-        v2.RandomRotation(args.rotate, v2.InterpolationMode.BILINEAR),
-        v2.RandomErasing(args.erase, scale=(args.erase_size / 16, args.erase_size)),
-        v2.Lambda(functools.partial(coloured, colormap=recipe.colormap)),
-        v2.ToImage(),
-        v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter),
-    ]
-    return v2.Compose([*steps, *evaluation_transform(model).transforms])
+    x = torch.from_numpy(picture)[None] / 255  # (1, H, W) log intensity, 0 ... 1
+    if args.warp:
+        x = warped(x, args.warp / 100)
+    if args.gain:
+        x = amplified(x, args.gain)
+    if args.rotate:
+        x = v2.RandomRotation(args.rotate, v2.InterpolationMode.BILINEAR)(x)
+    if args.erase:
+        x = v2.RandomErasing(args.erase, scale=(args.erase_size / 16, args.erase_size))(x)
+    return (256 * x[0]).clamp(max=255).byte().numpy()
 
 
-def coloured(x, colormap):
-    """Log intensity (1, H, W) in 0 ... 1 -> uint8 (H, W, 3)."""
-    return colours(x[0].numpy(), colormap)
+def smooth_wave(n, deviation):
+    """Random smooth curve (n,) along an axis, of that standard deviation at each point."""
+    waves = slow_waves(np.linspace(0, 1, n)).astype(np.float32)
+    return deviation * torch.randn(6) @ torch.from_numpy(waves)
 
 
-def drifted(x, warp, gain):
-    """Log intensity (1, H, W) of the same sample on another day: retention and sensitivity have drifted, smoothly.
+def warped(x, deviation):
+    """Log intensity (1, H, W) whose retention drifts along its axis, W; deviation: a fraction of it.
 
-    warp: standard deviation of retention, a fraction of its axis; gain: of the logarithm of intensity along m/z. Mass
-    does not drift: a thousandth of a unit is nothing at these bins.
+    Mass does not drift: a thousandth of a unit is nothing at these bins.
     """
-    waves = [torch.from_numpy(slow_waves(np.linspace(0, 1, n))).float() for n in x.shape[1:]]
-    along_mz, along_rt = (torch.randn(6) @ wave for wave in waves)
-    grid = F.affine_grid(torch.eye(2, 3)[None], (1, *x.shape), align_corners=False)
-    grid[..., 0] += 2 * warp * along_rt  # the axes of a grid go from -1 to 1
-    x = F.grid_sample(x[None], grid, padding_mode="border", align_corners=False)[0]
-    intensity = (256**x - 1) * torch.exp(gain * along_mz)[:, None]
-    return (torch.log1p(intensity) / math.log(256)).clamp(max=1)
+    n = x.shape[2]
+    source = torch.arange(n) + n * smooth_wave(n, deviation)  # the column, with fraction, that each column shows
+    source = source.clamp(0, n - 1)
+    left = source.long()
+    right = (left + 1).clamp(max=n - 1)
+    return torch.lerp(x[..., left], x[..., right], source - left)
+
+
+def amplified(x, deviation):
+    """Log intensity (1, H, W) with another sensitivity along m/z, H; deviation: of the logarithm of intensity."""
+    factor = smooth_wave(x.shape[1], deviation).exp()[:, None]
+    intensity = torch.exp2(8 * x) - 1  # 256 ** x
+    return (torch.log1p(factor * intensity) / math.log(256)).clamp(max=1)
 
 
 class Pictures(Dataset):
-    """(float (3, size, size), label) of each row of a table. Item (i, epoch): the random draw of picture i in an epoch.
+    """(input (CHANNELS, size, size), label) of each row of a table of pictures."""
 
-    A draw depends on seed, epoch and file name alone: not on worker, order, or what was drawn before. So training goes
-    on after a restart as if there had been none.
-    """
-
-    def __init__(self, table, transform, seed=0):
-        self.paths, self.labels = list(table["path"]), list(table["label"])
-        self.transform, self.seed = transform, seed
+    def __init__(self, table, transform):
+        self.paths, self.labels, self.transform = list(table["path"]), list(table["label"]), transform
 
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, key):
-        i, epoch = key if isinstance(key, tuple) else (key, 0)
-        name = zlib.crc32(self.paths[i].name.encode())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, name]).generate_state(1)[0]))
-            return self.transform(read_picture(self.paths[i])).contiguous(), self.labels[i]
-
-
-class StoredFeatures(Dataset):
-    """(features (F,), label) in place of pictures. Item (i, epoch): draw `epoch` of picture i; after K the first again.
-
-    features (K, N, F) of all pictures are shared by the trainings of a command, each of which has its own rows.
-    """
-
-    def __init__(self, features, rows, labels):
-        self.features, self.rows, self.labels = features, rows, list(labels)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, key):
-        i, epoch = key
-        return self.features[epoch % len(self.features), self.rows[i]], self.labels[i]
-
-
-class EpochSampler(DistributedSampler):
-    """This process's share of all pictures in random order, each with the epoch, from which its draw follows."""
-
-    def __iter__(self):
-        return ((i, self.epoch) for i in super().__iter__())
+    def __getitem__(self, i):
+        return self.transform(read_picture(self.paths[i])).contiguous(), self.labels[i]
 
 
 # ---------------------------------------------------------------- model
@@ -217,8 +211,7 @@ class Classifier(nn.Module):
     """Backbone -> feature map (N, C, H, W) -> mean of each cell of a grid -> standardise -> linear -> logits (N, K).
 
     Grid 1 is the article's global pooling; with a larger grid the head knows where on the retention-time and m/z axes a
-    pattern lies. `pixels` has no backbone: its feature map is the picture itself. Input of two dimensions is taken for
-    pooled features, as `features` returns them.
+    pattern lies. `pixels` has no backbone: its feature map is the picture itself. Stored features may stand for inputs.
     """
 
     def __init__(self, backbone, n_outputs, grid=None, image_size=None, pretrained=False):
@@ -227,16 +220,17 @@ class Classifier(nn.Module):
         if backbone == "pixels":
             self.backbone = nn.Identity()
             self.image_size, self.grid = image_size or 224, grid or 56
-            self.mean = self.std = (0.5, 0.5, 0.5)
+            self.mean = self.std = (0.5,) * CHANNELS
         else:
-            usual = timm.get_pretrained_cfg(backbone) or timm.models.PretrainedCfg()
-            self.image_size, self.grid = image_size or usual.input_size[-1], grid or 1
-            resized = usual.fixed_input_size and self.image_size != usual.input_size[-1]
+            own = timm.get_pretrained_cfg(backbone) or timm.models.PretrainedCfg()
+            self.image_size, self.grid = image_size or own.input_size[-1], grid or 1
+            resized = own.fixed_input_size and self.image_size != own.input_size[-1]
             options = {"img_size": self.image_size} if resized else {}  # the others take any size and no such option
-            self.backbone = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **options)
-            self.mean, self.std = usual.mean, usual.std
+            options |= {"num_classes": 0, "in_chans": CHANNELS}
+            self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
+            self.mean, self.std = own.mean[:CHANNELS], own.std[:CHANNELS]
         with torch.no_grad():
-            blank = torch.zeros(1, 3, self.image_size, self.image_size)
+            blank = torch.zeros(1, CHANNELS, self.image_size, self.image_size)
             self.n_features, self.n_outputs = self.eval().features(blank).shape[1], n_outputs
         self.standardize = nn.BatchNorm1d(self.n_features, affine=False)
         self.head = nn.Linear(self.n_features, n_outputs)
@@ -267,26 +261,25 @@ class Classifier(nn.Module):
         self.standardize.running_var.copy_(variance.clamp(min=least * variance.mean()))
 
     def feature_map(self, x):
-        """Pictures (N, 3, size, size) -> feature map (N, C, H, W), whatever layout the backbone uses inside."""
+        """Pictures (N, CHANNELS, size, size) -> feature map (N, C, H, W), whatever layout the backbone uses inside."""
         if isinstance(self.backbone, nn.Identity):
             return x
         return to_channels_first(self.backbone.forward_features(x), self.backbone)
 
     def features(self, x):
-        """Pictures (N, 3, size, size) -> pooled features (N, C * grid * grid)."""
+        """Pictures (N, CHANNELS, size, size) -> pooled features (N, C * grid * grid)."""
         return F.adaptive_avg_pool2d(self.feature_map(x), self.grid).flatten(1)
 
     def forward(self, x):
         if x.ndim == 4:
             x = self.features(x)
-        return self.head(self.standardised(x))
+        return self.head(self.head_inputs(x))
 
-    def standardised(self, x):
-        """Features (N, F) as the head takes them: of length 1.
+    def head_inputs(self, x):
+        """Features (N, F) as the head takes them: standardised, and divided by the square root of their number.
 
-        Divided by the square root of their number F one learning rate or penalty suits a head of 100 inputs and one of
-        100,000, and the backbone below is not shaken by the first steps. (Seen from features that are not divided,
-        --weight-decay and the penalty of a solved head are F times as strong.)
+        So one learning rate or penalty suits a head of 100 inputs and one of 100,000, and the first steps do not shake
+        the backbone.
         """
         return self.standardize(x) / self.n_features**0.5
 
@@ -310,6 +303,11 @@ def loss_of(logits, labels):
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
+
+
+def chance_loss_of(labels):
+    """The lowest loss of logits that are the same for all pictures: the entropy of the class shares."""
+    return float(entropy(np.unique(labels, return_counts=True)[1]))
 
 
 @functools.cache
@@ -377,65 +375,71 @@ def find_run(run=None):
 def load_run(run):
     """(model in eval mode, checkpoint) of a run folder; the checkpoint holds config, recipe, cohort and versions."""
     checkpoint = load_checkpoint(Path(run) / "best.pt")
-    if "profiles" not in checkpoint:
+    if "profile" not in checkpoint:
         raise InputError(f"{run}/best.pt: not a checkpoint of this train.py")
     config = checkpoint["config"]
     model = Classifier(config["settings"]["backbone"], config["n_outputs"], config["grid"], config["image_size"])
     model.load_state_dict(checkpoint["model"])
+    model.mean, model.std = config["mean"], config["std"]  # another timm may have others
     checkpoint["recipe"] = Recipe.from_text(checkpoint["recipe"])
-    checkpoint["profiles"] = [profile.numpy() for profile in checkpoint["profiles"]]
+    checkpoint["profile"] = np.array(checkpoint["profile"])
     return model.to(DEVICE).eval(), checkpoint
 
 
 # ---------------------------------------------------------------- batches, fresh or stored
-def extract_features(model, pictures, n_draws, args):
-    """Pooled features (n_draws, N, F) of random draws of every picture, by a frozen backbone."""
+def extract_features(model, pictures, n_views, args):
+    """Pooled features (n_views, N, F) of random views of every picture, by a frozen backbone."""
     # A copy for the forward pass alone: branches fused (MobileOne, RepVGG, FastViT) and channels-last, twice as fast.
     fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
-    keys = [(i, draw) for draw in range(n_draws) for i in range(len(pictures))]
-    loader = DataLoader(pictures, 32, sampler=keys, num_workers=args.workers)
-    features = torch.empty(len(keys), model.n_features)
+    torch.manual_seed(VIEWS_SEED)
+    loader = DataLoader(ConcatDataset([pictures] * n_views), 32, num_workers=args.workers)
+    features = []
     with torch.inference_mode(), autocast(args):
-        for part, (x, _) in zip(features.split(32), progress(loader, "extracting features"), strict=True):
-            part.copy_(fast.features(x.to(DEVICE, memory_format=torch.channels_last)))
-    return features.unflatten(0, (n_draws, len(pictures)))
+        for x, _ in progress(loader, "extracting features"):
+            features.append(fast.features(x.to(DEVICE, memory_format=torch.channels_last)).float().cpu())
+    return torch.cat(features).unflatten(0, (n_views, len(pictures)))
 
 
 def make_loaders(model, table, pictures, recipe, args, store):
     """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
     table: the rows of `pictures` in this training. What is stored is kept in `store`, for all trainings that share it.
-    Fits the standardisation of a frozen backbone on the training pictures.
+    Fits the standardisation of a frozen backbone on the training pictures. All views of a picture count as pictures.
     """
-    ways = {
-        "train": (training_transform(model, recipe, args), args.views),
-        "val": (evaluation_transform(model), 1),
-    }
+    ways = {"train": (training_transform(model, recipe, args), args.views), "val": (to_input(model, recipe), 1)}
     datasets = {}
-    for split, (transform, n_draws) in ways.items():
+    for split, (transform, n_views) in ways.items():
         part = table[table["split"] == split]
-        datasets[split] = Pictures(part, transform, args.seed)
+        datasets[split] = Pictures(part, transform)
         if args.views:
             pool = pictures if args.folds else part  # folds share the features of all pictures
             pool = pool[~pool["copy"]] if split == "val" else pool
             if split not in store:
-                say(f"storing the features of {len(pool)} pictures x {n_draws}, for {split}")
-                store[split] = extract_features(model, Pictures(pool, transform, DRAW_SEED), n_draws, args)
-            datasets[split] = StoredFeatures(store[split], pool.index.get_indexer(part.index), part["label"])
-    train = datasets["train"]
+                say(f"storing the features of {len(pool)} pictures x {n_views}, for {split}")
+                store[split] = extract_features(model, Pictures(pool, transform), n_views, args)
+            features = store[split][:, pool.index.get_indexer(part.index)]  # (view, picture, feature)
+            labels = torch.as_tensor(datasets[split].labels).repeat(n_views)
+            datasets[split] = TensorDataset(features.flatten(0, 1), labels)
+    train, val = datasets.values()
     if model.frozen:
-        first_draw = train.features[0, train.rows] if args.views else extract_features(model, train, 1, args)[0]
-        model.fit_standardize(first_draw)
+        features = train.tensors[0] if args.views else extract_features(model, train, 1, args)[0]
+        model.fit_standardize(features)
 
-    workers = 0 if args.views else args.workers
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": CUDA}
-    sampler = EpochSampler(train, WORLD, RANK, seed=1000 * args.seed)
+    options = {"num_workers": 0 if args.views else args.workers, "pin_memory": CUDA}
+    sampler = DistributedSampler(train, WORLD, RANK, seed=args.seed)
     alone = len(sampler) > 1 == len(sampler) % args.batch_size  # a last batch of one has no batch statistics
-    mine = [(i, 0) for i in range(RANK, len(datasets["val"]), WORLD)]
+    mine = range(RANK, len(val), WORLD)
     return {
         "train": DataLoader(train, args.batch_size, sampler=sampler, drop_last=alone, **options),
-        "val": DataLoader(datasets["val"], max(args.batch_size, 32), sampler=mine, **options),
+        "val": DataLoader(val, max(args.batch_size, 32), sampler=mine, **options),
     }
+
+
+def batches_of(loader, epoch, args):
+    """The training batches of an epoch: with the same seed the same order and draws, whatever came before."""
+    torch.manual_seed(1000 * args.seed + epoch + 10**9 * RANK)  # of draws, each process its own, and of dropout
+    loader.sampler.set_epoch(epoch)
+    yield from loader
 
 
 # ---------------------------------------------------------------- the loop
@@ -471,15 +475,6 @@ def train_batch(network, optimizer, scaler, x, y, args):
 
 
 @torch.inference_mode()
-def standardize_anew(model, batches, args):
-    """Standardisation by pictures just seen: the network has moved since most of the batches of its running means."""
-    model.eval()
-    with autocast(args):
-        features = [model.features(x.to(DEVICE)).float() for x in batches]
-    model.fit_standardize(torch.cat(features), least=0)
-
-
-@torch.inference_mode()
 def predict(model, loader):
     """[(logits, labels)] of the batches of a loader, on the CPU."""
     model.eval()
@@ -495,7 +490,7 @@ def collect(outputs):
     return torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
 
 
-def scores_of(split, outputs):
+def judged(split, outputs):
     """Loss and metrics of the batches of every process, {"<split>_<name>": value}."""
     logits, labels = collect(outputs)
     values = {"loss": loss_of(logits, labels).item(), **metrics_of(labels.numpy(), logits)}
@@ -519,10 +514,10 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     Returns its history, a dict an epoch, and the trained weights of the best one. With a run folder last.pt and
     epochs.csv follow every epoch, and training goes on from a last.pt that is there. report(row) hears of each epoch.
     """
-    last, history, best, lr = None, [], None, args.lr
+    last, history, best_weights, lr = None, [], None, args.lr
     if run and (run / "last.pt").exists():
         last = load_checkpoint(run / "last.pt")
-        history, best, lr = last["history"], last["best"], last["history"][0]["lr"]
+        history, best_weights, lr = last["history"], last["best_weights"], last["history"][0]["lr"]
     elif lr == "auto":
         lr = find_lr(model, loaders, args, run)
     network = distributed(model)
@@ -539,20 +534,14 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             say(f"no better validation loss for {args.patience} epochs: stopped")
             break
         began = time.time()
-        torch.manual_seed(1000 * args.seed + epoch)  # dropout and the like
-        loaders["train"].sampler.set_epoch(epoch)
         model.train()
-        outputs, recent = [], collections.deque(maxlen=math.ceil(RECENT / args.batch_size))
-        for x, y in progress(loaders["train"], f"epoch {epoch}/{args.epochs}"):
+        outputs, batches = [], batches_of(loaders["train"], epoch, args)
+        for x, y in progress(batches, f"epoch {epoch}/{args.epochs}", len(loaders["train"])):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
-            recent.append(x)
-
-        if not model.frozen:
-            standardize_anew(model, recent, args)
         with autocast(args):
-            held_out = predict(model, loaders["val"])
+            val_outputs = predict(model, loaders["val"])
 
-        row = {"epoch": epoch, **scores_of("train", outputs), **scores_of("val", held_out)}
+        row = {"epoch": epoch, **judged("train", outputs), **judged("val", val_outputs)}
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
@@ -560,17 +549,17 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             scheduler.step(row["val_loss"])
         else:
             scheduler.step()
-        best = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best, model, run)
+        best_weights = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best_weights, model, run)
         if run and RANK == 0:
             contents = {name: part.state_dict() for name, part in states.items()}
-            contents |= {"model": trained_weights(model), "best": best, "history": history}
+            contents |= {"model": trained_weights(model), "best_weights": best_weights, "history": history}
             with whole_file(run / "last.pt") as temporary:
                 torch.save(contents, temporary)
         report(row)
-    return history, best
+    return history, best_weights
 
 
-def recorded(row, what, history, best, model, run):
+def recorded(row, what, history, best_weights, model, run):
     """Add a row to the history and to epochs.csv, and say it; returns the best weights so far."""
     history.append(row)
     if run and RANK == 0:
@@ -578,7 +567,7 @@ def recorded(row, what, history, best, model, run):
     improved = best_of(history) is row
     values = "  ".join(f"{name} {row[name]:.3f}" for name in ("train_loss", "val_loss", *shown_metrics(row)))
     say(f"{what}  {values}  {row['seconds']:.1f} s{'  *' * improved}")
-    return trained_weights(model) if improved else best
+    return trained_weights(model) if improved else best_weights
 
 
 def shown_metrics(columns):
@@ -591,14 +580,12 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
     """What `fit` returns, a row for each L2 penalty: logistic regression on stored features, solved by L-BFGS.
 
     The head of a frozen backbone is a convex problem, so there is no rate to choose and no order of batches; what is
-    chosen on the validation pictures is the penalty, from strong to weak. All draws of a picture count as pictures.
+    chosen on the validation pictures is the penalty, from strong to weak.
     """
-    stored = loaders["train"].dataset
+    features, y = (part.to(DEVICE) for part in loaders["train"].dataset.tensors)
     with torch.no_grad():
-        x = stored.features[:, stored.rows].flatten(0, 1).to(DEVICE)
-        x = model.eval().standardised(x)
-    y = torch.as_tensor(stored.labels, device=DEVICE).repeat(len(stored.features))
-    history, best = [], None
+        x = model.eval().head_inputs(features)
+    history, best_weights = [], None
     for penalty in PENALTIES:
         began = time.time()
         optimizer = torch.optim.LBFGS(model.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -612,12 +599,12 @@ def solve_head(model, loaders, args, run=None, report=lambda row: None):
 
         optimizer.step(objective)
         outputs = [(model.head(x).detach().cpu(), y.cpu())] if RANK == 0 else []
-        held_out = predict(model, loaders["val"])
-        row = {"epoch": len(history) + 1, **scores_of("train", outputs), **scores_of("val", held_out)}
+        val_outputs = predict(model, loaders["val"])
+        row = {"epoch": len(history) + 1, **judged("train", outputs), **judged("val", val_outputs)}
         row |= {"l2": penalty, "seconds": round(time.time() - began, 2)}
-        best = recorded(row, f"L2 penalty {penalty:.0e}", history, best, model, run)
+        best_weights = recorded(row, f"L2 penalty {penalty:.0e}", history, best_weights, model, run)
         report(row)
-    return history, best
+    return history, best_weights
 
 
 # ---------------------------------------------------------------- learning-rate range test
@@ -626,14 +613,13 @@ def find_lr(model, loaders, args, run=None):
 
     Smith's range test (2017, arXiv:1506.01186) raises the rate from step to step. On small data sets its curve is the
     progress of the steps before, not of the rate; so here every rate, four a decade, starts from the same weights and
-    takes the same 24 steps: the first of the training that follows. `highest` is the highest training loss of their
-    epochs. `loss` is that of their later half; of a head, which learns few pictures by heart, the validation loss after
-    them. Writes both for each rate into `run`, as lr_find.csv, and lr_find.png.
+    takes the first 24 steps of the training that follows. `highest` is the highest training loss of their epochs,
+    `loss` that of the later half of the steps; of a head, which learns few pictures by heart, the validation loss after
+    them. Both go to lr_find.csv and lr_find.png.
     """
-    loader = loaders["train"]
-    n_steps = 24
-    before = trained_weights(model)
-    batches = list(itertools.islice(endless(loader), n_steps))
+    loader, n_steps, before = loaders["train"], 24, trained_weights(model)
+    epochs = (batches_of(loader, epoch, args) for epoch in itertools.count(1))
+    batches = list(itertools.islice(itertools.chain.from_iterable(epochs), n_steps))
     network, rows = distributed(model), []
     for rate in progress(np.logspace(-5, 0, 21), "learning-rate range test"):
         model.load_state_dict(before, strict=False)
@@ -641,10 +627,10 @@ def find_lr(model, loaders, args, run=None):
         optimizer, scaler = make_optimizer(model, args, rate)
         torch.manual_seed(args.seed)
         outputs = [train_batch(network, optimizer, scaler, x, y, args) for x, y in batches]
-        judged = predict(model, loaders["val"]) if model.frozen else outputs[n_steps // 2 :]
-        loss = loss_of(*collect(judged)).item()
-        epochs = [outputs[i : i + len(loader)] for i in range(0, n_steps, len(loader))]
-        highest = np.max([loss_of(*collect(epoch)).item() for epoch in epochs])
+        late = predict(model, loaders["val"]) if model.frozen else outputs[n_steps // 2 :]
+        loss = loss_of(*collect(late)).item()
+        by_epoch = [outputs[i : i + len(loader)] for i in range(0, n_steps, len(loader))]
+        highest = np.max([loss_of(*collect(of_one)).item() for of_one in by_epoch])
         rows.append({"lr": rate, "loss": loss, "highest": highest})
         if not loss < 2 * min(row["loss"] for row in rows):
             break
@@ -663,23 +649,20 @@ def find_lr(model, loaders, args, run=None):
     return lr
 
 
-def endless(loader):
-    for epoch in itertools.count(1):
-        loader.sampler.set_epoch(epoch)
-        yield from loader
-
-
 def suggest_lr(curve, frozen):
     """(learning rate, why) of the columns lr, ascending, loss and highest of the range test.
 
-    No rate from the first on that brings an epoch to 1.08 times the start (1.1 with a margin: epochs may be longer than
-    the test). Of those before it a head takes the one of lowest loss, a whole network the highest whose loss is not
-    above the lowest by a fifth of the start.
+    Drops the first rate whose worst epoch exceeds the starting loss by 8 %, and all higher ones: epochs may be longer
+    than the test, and 10 % is harm. Of the others a head takes the one of lowest loss, a whole network the highest one
+    whose loss is not above the lowest by a fifth of the start.
     """
     start = curve["highest"][0]
-    harmless = curve[(curve["highest"] <= 1.08 * start).cummin()]
+    harmful = curve["highest"] > 1.08 * start
+    harmful |= curve["highest"].isna()
+    if harmful.any():
+        curve = curve.iloc[: harmful.argmax()]
     margin = 0 if frozen else 0.2 * start
-    good = harmless[harmless["loss"] <= harmless["loss"].min() + margin]
+    good = curve[curve["loss"] <= curve["loss"].min() + margin]
     return float(good["lr"].max()), "lowest without harm" if frozen else "highest rate without harm"
 
 
@@ -727,16 +710,6 @@ def table_of(pictures, args):
     return table[(table["split"] == "train") | ~table["copy"]]
 
 
-def chance_loss_of(labels, n_outputs):
-    """The lowest loss of logits that are the same for all pictures: of classes, the entropy of their shares."""
-    labels = torch.tensor(labels)
-
-    def loss(logits):
-        return loss_of(torch.tensor(logits).expand(len(labels), n_outputs), labels).item()
-
-    return float(minimize(loss, np.zeros(n_outputs)).fun)
-
-
 def prepare(args, pictures, classes, recipe, store):
     """(model, loaders, facts) of one training; facts are what config.json and checkpoints say of the model.
 
@@ -757,9 +730,11 @@ def prepare(args, pictures, classes, recipe, store):
         "finetune": "head" if model.frozen else "all",
         "grid": model.grid,
         "image_size": model.image_size,
+        "mean": list(model.mean),
+        "std": list(model.std),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "chance_loss": chance_loss_of(table["label"][table["split"] == "val"].to_numpy(), model.n_outputs),
+        "chance_loss": chance_loss_of(table["label"][table["split"] == "val"]),
         "pictures": table["split"].value_counts().to_dict(),
     }
     say(f"{run_folder(args)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
@@ -808,16 +783,16 @@ def train_once(args, pictures, classes, recipe, store):
     best = best_of(history)
     model.load_state_dict(best_weights, strict=False)
     if args.fold is not None:
-        write_held_out(run, model, table_of(pictures, args), args.fold)
-    usual, shifts = usual_profiles(tuple(originals["path"]), recipe)
+        write_held_out(run, model, table_of(pictures, args), recipe, args.fold)
+    typical, cohort = cohort_of(originals, recipe)
     contents = {
         "model": model.state_dict(),
         "epoch": best["epoch"],
         "val_loss": best["val_loss"],
         "config": config,
         "recipe": recipe.to_text(),
-        "profiles": list(map(torch.from_numpy, usual)),
-        "cohort": {name: originals[name].astype(float).tolist() for name in STATISTICS} | shifts,
+        "profile": typical.tolist(),
+        "cohort": cohort,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
     }
     with whole_file(run / "best.pt") as temporary:
@@ -830,27 +805,18 @@ def train_once(args, pictures, classes, recipe, store):
     return run
 
 
-def write_held_out(run, model, table, fold):
+def write_held_out(run, model, table, recipe, fold):
     """held_out.csv: the logits that a fold's model gives to the pictures that took no part in its training."""
     table = table[table["split"] == "held out"].assign(training=str(run).rpartition("-fold")[0], fold=fold)
-    outputs = predict(model, DataLoader(Pictures(table, evaluation_transform(model)), 32))
+    outputs = predict(model, DataLoader(Pictures(table, to_input(model, recipe)), 32))
     logits = torch.cat([logits for logits, _ in outputs]).numpy()
     logits = pd.DataFrame(logits, index=table.index).add_prefix("logit_")
     columns = ["training", "fold", "sample_name", "group", "phenotype", "label"]
     write_table(run / "held_out.csv", table[columns].join(logits))
 
 
-@functools.cache
-def usual_profiles(paths, recipe):
-    """Mean profiles (n_rt,) and (n_mz,) of pictures, and {"rt_shift", "mz_shift": a number each} from them."""
-    profiles = [profiles_of(read_picture(path), recipe) for path in paths]
-    usual = [np.mean(of_all, axis=0) for of_all in zip(*profiles, strict=True)]
-    shifts = pd.DataFrame([shifts_of(of_one, usual, recipe) for of_one in profiles])
-    return usual, shifts.to_dict("list")
-
-
 def learn(model, loaders, args, run=None, report=lambda row: None):
-    """(history, best weights) of the way that suits the model."""
+    """(history, best weights): a head on stored features is solved, all else is trained in the loop."""
     way = solve_head if args.optimizer == "lbfgs" else fit
     return way(model, loaders, args, run, report)
 
@@ -871,10 +837,10 @@ def draw_curves(run, history, title):
 
 
 def draw_transformed(run, originals, model, recipe, args):
-    """Article, Figure 4: training pictures as the network sees them in its first epoch."""
+    """Article, Figure 4: training pictures as the network sees them, a draw of each."""
     shown = originals.iloc[:: max(1, len(originals) // 9)].head(9)
-    seen = Pictures(shown, training_transform(model, recipe, args), DRAW_SEED if args.views else args.seed)
-    grid = make_grid([seen[k, 1][0] for k in range(len(seen))], nrow=3, padding=4, pad_value=math.inf)
+    seen = Pictures(shown, training_transform(model, recipe, args))
+    grid = make_grid([x for x, _ in seen], nrow=3, padding=4, pad_value=math.inf)
     image = grid.permute(1, 2, 0).numpy() * model.std + model.mean
     with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.3)) as axes:
         axes.imshow(image.clip(0, 1))  # what lies between them becomes white
@@ -885,10 +851,9 @@ def draw_transformed(run, originals, model, recipe, args):
 class EveryCombination(optuna.samplers.RandomSampler):
     """Trial k takes combination k of SEARCH, in whatever process: numbers of trials are never given twice."""
 
-    combinations = [dict(zip(SEARCH, values, strict=True)) for values in itertools.product(*SEARCH.values())]
-
     def sample_independent(self, study, trial, name, distribution):
-        return self.combinations[trial.number % len(self.combinations)][name]
+        combinations = list(itertools.product(*SEARCH.values()))
+        return dict(zip(SEARCH, combinations[trial.number % len(combinations)], strict=True))[name]
 
 
 def tune(args, pictures, classes, recipe, store):
@@ -896,13 +861,12 @@ def tune(args, pictures, classes, recipe, store):
 
     The objective is the best validation loss of a trial, not the last. Trials are pruned at the median and write no
     checkpoints. Any number of processes with the same command and --storage share the work; trials beyond all
-    combinations take them again with another seed.
+    combinations take them again.
     """
 
     def objective(trial):
         chosen = {name: trial.suggest_categorical(name, values) for name, values in SEARCH.items()}
         say(f"trial {trial.number}: {chosen}")
-        chosen["seed"] = args.seed + trial.number // len(EveryCombination.combinations)
         trial_args = argparse.Namespace(**vars(args) | chosen)
         model, loaders, _ = prepare(trial_args, pictures, classes, recipe, store)
 
@@ -923,8 +887,19 @@ def tune(args, pictures, classes, recipe, store):
     folder = run_folder(args).parent / "tune"
     folder.mkdir(parents=True, exist_ok=True)
     question = {k: value for k, value in settings_of(args, pictures, recipe).items() if k not in SEARCH} | SEARCH
-    study = open_study(args, folder, f"{args.backbone}-{zlib.crc32(json.dumps(question).encode()):08x}")
-    done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    storage = args.storage or f"sqlite:///{folder}/study.db"
+    name = f"{args.backbone}-{zlib.crc32(json.dumps(question).encode()):08x}"
+    options = {"storage": storage, "sampler": EveryCombination(), "load_if_exists": True}
+    options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5))
+    for attempt in range(5):
+        try:
+            study = optuna.create_study(study_name=name, **options)
+            break
+        except Exception as error:  # of Optuna and of each kind of database
+            if attempt == 4:
+                raise InputError(f"--storage {storage}: {first_line(error)}") from None
+            time.sleep(attempt / 2)  # two processes that make one database at once get in each other's way
+    done = (TrialState.COMPLETE, TrialState.PRUNED)
     while len(study.get_trials(states=done)) < args.tune:
         study.optimize(objective, n_trials=1)
     if not study.get_trials(states=done[:1]):
@@ -933,20 +908,7 @@ def tune(args, pictures, classes, recipe, store):
     with whole_file(folder / "history.png") as temporary:
         plot_optimization_history(study).figure.savefig(temporary, dpi=150, bbox_inches="tight")
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in study.best_params.items())
-    say(f"{len(study.trials)} trials in {folder}; best validation loss {study.best_value:.3f}: train it with {flags}")
-
-
-def open_study(args, folder, name):
-    """The study of that name in the database of --storage, made if it is not there."""
-    options = {"storage": args.storage or f"sqlite:///{folder}/study.db", "sampler": EveryCombination()}
-    options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5))
-    for attempt in range(5):
-        try:
-            return optuna.create_study(study_name=name, load_if_exists=True, **options)
-        except Exception as error:  # of Optuna and of each kind of database
-            reason = first_line(error)
-            time.sleep(attempt / 2)  # two processes that make one database at once get in each other's way
-    raise InputError(f"--storage {options['storage']}: {reason}")
+    say(f"{args.tune} trials in {folder}; best validation loss {study.best_value:.3f}: train it with {flags}")
 
 
 # ---------------------------------------------------------------- command line
@@ -969,50 +931,49 @@ def expand_backbones(names, params):
     return list(dict.fromkeys(chosen))
 
 
+def number_or_auto(text):
+    """Type of a flag: a number, or the word auto."""
+    if text == "auto":
+        return text
+    return int(text) if text.isdigit() else float(text)
+
+
 def make_parser():
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument_group("what to train").add_argument
-    names = "timm names (try mobileone_s3) or patterns, 'article' (Table 1), 'pixels' (no net)"
-    add("--backbone", nargs="+", required=True, metavar="NAME", help=names)
+    add("--backbone", nargs="+", required=True, metavar="NAME", help="timm names or patterns, article, pixels")
     add("--params", nargs=2, type=float, metavar=("MIN", "MAX"), help="of patterns keep those of MIN-MAX million")
     add("--data", metavar="DIR", help="data set of convert.py (without it: the demo, at settings of its own)")
     add("--weights", default="auto", help="auto: pretrained, or random without the Hub; pretrained; random; or a file")
     add("--finetune", choices=["head", "all"], help="what is trained (default: head; all where weights are random)")
-    add("--grid", type=number(int, 1), metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
-    add("--image-size", type=number(int, 1), metavar="N", help="pixels a side (default: the backbone's own)")
+    add("--grid", type=count, metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
+    add("--image-size", type=count, metavar="N", help="pixels a side (default: the backbone's own)")
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=number(int, 1), default=50, help="at most")
-    add("--patience", type=number(int, 1), default=10, help="stop after so many without a better validation loss")
-    add("--batch-size", type=number(int, 1), default=32, help="pictures a step, of each process")
-    add("--lr", type=number(float, 1e-12, "auto"), default="auto", help="learning rate, or auto: range test")
-    optimizer = "auto: lbfgs, which solves the head of a frozen backbone on its stored features; else adamax"
-    add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=optimizer)
+    add("--epochs", type=count, default=50, help="at most")
+    add("--patience", type=count, default=10, help="stop after so many without a better validation loss")
+    add("--batch-size", type=count, default=32, help="pictures a step, of each process")
+    add("--lr", type=number_or_auto, default="auto", help="learning rate, or auto: range test")
+    solved = "auto: lbfgs, which solves a head on stored features; without these adamax"
+    add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=solved)
     add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's best is cosine")
-    add("--weight-decay", type=number(float, 0), default=2e-5, help="L2 penalty (adamw: decoupled)")
+    add("--weight-decay", type=float, default=2e-5, help="L2 penalty (adamw: decoupled)")
     add("--amp", action=argparse.BooleanOptionalAction, default=CUDA, help="mixed precision, the default on CUDA")
-    add = parser.add_argument_group("augmentation of training pictures").add_argument
-    presets = "defaults of the flags below; article: rotation, jitter and full erasing"
-    add("--augmentation", choices=list(AUGMENTATION), default="physical", help=presets)
-    add("--warp", type=number(float, 0), metavar="PERCENT", help="drift of retention, of the time axis (deviation)")
-    add("--gain", type=number(float, 0), help="drift of sensitivity along m/z (deviation of its logarithm)")
-    add("--erase", type=number(float, 0, high=1), metavar="P", help="probability of erasing a rectangle")
-    add("--erase-size", type=number(float, 0, high=1), metavar="SHARE", help="its largest size, of the picture")
-    add("--rotate", type=number(float, 0, high=180), metavar="DEGREES", help="largest rotation")
-    add("--color-jitter", type=number(float, 0, high=1), metavar="F", help="of brightness, contrast and saturation")
-    views = "frozen backbone: store the features of K draws of each picture (auto: 4); 0: fresh draws every epoch"
-    add("--views", type=number(int, 0, "auto"), default="auto", metavar="auto|K", help=views)
+    add = parser.add_argument_group("training pictures").add_argument
+    add("--augmentation", choices=list(AUGMENTATION), default="physical", help="how they are varied: AUGMENTATION")
+    add("--warp", type=float, metavar="PERCENT", help="drift of retention (default: of the augmentation)")
+    stored = "frozen backbone: features of K draws are stored (auto: 4); 0: fresh draws every epoch"
+    add("--views", type=number_or_auto, default="auto", metavar="K", help=stored)
     add = parser.add_argument_group("experiments").add_argument
-    add("--repeats", type=number(int, 1), default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
-    add("--folds", type=number(int, 0), default=0, metavar="K", help="cross-validation over train and val together")
-    add("--tune", type=number(int, 0), default=0, metavar="N", help="Optuna trials over the combinations of SEARCH")
+    add("--repeats", type=count, default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
+    add("--folds", type=int, default=0, metavar="K", help="cross-validation over train and val together")
+    add("--tune", type=int, default=0, metavar="N", help="Optuna trials over the combinations of SEARCH")
     add("--storage", metavar="URL", help="Optuna database that processes share (default: in the tune folder)")
     add("--shuffle-labels", action="store_true", help="control: must fall to chance")
     add = parser.add_argument_group("machine and output").add_argument
-    add("--seed", type=number(int, 0), default=2643, help="of initial weights, order and draws")
-    # With a GPU all cores can load; on a CPU the network needs most of them.
-    workers = os.cpu_count() if CUDA else max(1, os.cpu_count() // 4)
-    add("--workers", type=number(int, 0), default=workers, help="processes that load pictures")
+    add("--seed", type=int, default=2643, help="of initial weights, order and draws")
+    workers = os.cpu_count() if CUDA else max(1, os.cpu_count() // 4)  # on a CPU the network needs most of them
+    add("--workers", type=int, default=workers, help="processes that load pictures")
     add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
     add("--name", help="in place of the data set's name")
     return parser
@@ -1021,10 +982,16 @@ def make_parser():
 def parse_arguments(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    parser.set_defaults(**AUGMENTATION[args.augmentation])
     if not args.data:
         parser.set_defaults(demo=True, data="demo", **DEMO)
-    args = parser.parse_args(argv)
+        args = parser.parse_args(argv)
+    for name, value in AUGMENTATION[args.augmentation].items():
+        if getattr(args, name, None) is None:  # --warp may have been given
+            setattr(args, name, value)
+    if args.lr != "auto" and args.lr <= 0:
+        parser.error("--lr is above 0, or auto")
+    if args.views not in ("auto", *range(1000)) or args.workers < 0:
+        parser.error("--views and --workers are whole numbers from 0 on")
     if 0 < args.folds < 3:
         parser.error("--folds takes at least 3: one is held out, one chooses the epoch, the others train")
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():
@@ -1048,7 +1015,7 @@ def trainings_of(args):
 def make_demo(args):
     say(f"no --data: the demo cohort, at settings that two CPU cores can manage: {DEMO}")
     if RANK == 0 and not (Path(args.data) / "samples.csv").exists():
-        subprocess.run([sys.executable, Path(__file__).with_name("convert.py"), "--demo", args.data], check=True)
+        subprocess.run([sys.executable, Path(__file__).with_name("tests") / "demo.py", args.data], check=True)
     if WORLD > 1:
         dist.barrier()  # the others wait for the cohort
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests ask nothing of the network
 
-import convert  # noqa: E402
 import deeplcms  # noqa: E402
-import evaluate  # noqa: E402
-import explain  # noqa: E402
-import train  # noqa: E402
+from demo import write_mzml  # noqa: E402
 
-MODULES = {module.__name__: module for module in (convert, evaluate, explain, train)}
+MODULES = {f"{name}.py": import_module(name) for name in ("convert", "demo", "evaluate", "explain", "train")}
 PEAK = (4.37, 462.175)  # minutes and m/z of the article's morphine-3-glucuronide
 TINY = ["--weights", "random", "--image-size", 64, "--batch-size", 8]
 TINY += ["--augmentation", "none", "--workers", 1, "--lr", 0.01]
@@ -36,7 +34,7 @@ def run(script, *arguments, cwd):
     os.chdir(cwd)
     sys.argv = [script, *map(str, arguments)]
     try:
-        deeplcms.run_script(MODULES[script.removesuffix(".py")].main)
+        deeplcms.run_script(MODULES[script].main)
     except SystemExit as end:
         return (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
     finally:
@@ -53,7 +51,7 @@ def random_scans(seed, n_scans=40, n_peaks=200):
 def demo(tmp_path_factory):
     """A demo cohort of 40 runs at 64 bins."""
     folder = tmp_path_factory.mktemp("cohort") / "demo"
-    assert run("convert.py", "--demo", folder, "--runs", 40, "--bins", 64, "--test", 0.15, cwd=folder.parent) == (0, "")
+    assert run("demo.py", folder, "--runs", 40, "--bins", 64, "--test", 0.15, cwd=folder.parent) == (0, "")
     return folder
 
 
@@ -82,7 +80,7 @@ def make_cohort(folder, phenotypes):
                 scans[scan] = seconds, [*masses, mz], [*heights, 1000.0]
             order = [np.argsort(masses) for _, masses, _ in scans]
             scans = [(s, np.array(m)[o], np.array(h)[o]) for (s, m, h), o in zip(scans, order, strict=True)]
-            convert.write_mzml(folder / "raw" / f"{phenotype}{i:02d}.mzML", scans)
+            write_mzml(folder / "raw" / f"{phenotype}{i:02d}.mzML", scans)
             rows.append(f"{phenotype}{i:02d},{phenotype},{30 + 10 * p + i},{split}")
     (folder / "raw" / "samples.csv").write_text("\n".join(rows))
     flags = ["--rt-range", 1, 11, "--mz-range", 100, 900, "--bins", 64, "--sigma", 1, "--normalize", "global"]

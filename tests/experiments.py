@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import timm
 import torch
 from scipy.stats import binomtest, ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import convert
 import deeplcms
+import demo
 import evaluate
 import explain
 import train
@@ -41,20 +41,18 @@ MODELS = {
     "frozen": ["--backbone", "regnetx_002", "--weights", CARRIED, "--finetune", "head", "--grid", 7],
     "whole": [*NETWORK, "--lr", 0.01],
 }
-NONE = ["--augmentation", "none"]
-AUGMENTATIONS = {
-    "none": NONE,
-    "rotation 5 degrees": [*NONE, "--rotate", 5],
-    "jitter 0.25": [*NONE, "--color-jitter", 0.25],
-    "erasing up to 1 %": [*NONE, "--erase", 1, "--erase-size", 0.01],
-    "erasing up to 33 %": [*NONE, "--erase", 1, "--erase-size", 0.33],
-    "warp 1 %": [*NONE, "--warp", 1],
-    "warp 2 %": [*NONE, "--warp", 2],
-    "warp 3 %": [*NONE, "--warp", 3],
-    "gain 0.3": [*NONE, "--gain", 0.3],
-    "article": ["--augmentation", "article"],
-    "physical": ["--augmentation", "physical"],
+NONE = train.AUGMENTATION["none"]
+train.AUGMENTATION |= {
+    "rotation 5 degrees": NONE | {"rotate": 5},
+    "jitter 0.25": NONE | {"color_jitter": 0.25},
+    "erasing up to 1 %": NONE | {"erase": 1, "erase_size": 0.01},
+    "erasing up to 33 %": NONE | {"erase": 1, "erase_size": 0.33},
+    "warp 1 %": NONE | {"warp": 1},
+    "warp 2 %": NONE | {"warp": 2},
+    "warp 3 %": NONE | {"warp": 3},
+    "gain 0.3": NONE | {"gain": 0.3},
 }
+PHYSICAL = ["--augmentation", "physical"]
 
 
 def call(main, *arguments):
@@ -67,14 +65,14 @@ def call(main, *arguments):
 def cohorts():
     """Write the data sets cohort<seed> and small<seed>, and train the network that is carried over."""
     for seed in SEEDS:
-        call(convert.main, "--demo", f"cohort{seed}", "--seed", seed, "--runs", 600, "--test", 0.6)
+        call(demo.main, f"cohort{seed}", "--seed", seed, "--runs", 600, "--test", 0.6)
         table = deeplcms.read_table(f"cohort{seed}/samples.csv")
         n = table["split"].map({"train": 13, "val": 4, "test": 1000})
         few = table[table.groupby(["split", "phenotype"]).cumcount() < n]
         few[["sample_name", "phenotype", "split"]].to_csv(f"small{seed}.csv", index=False)
         axes = ["--bins", 256, "--rt-range", 0, 10, "--mz-range", 100, 900]
         call(convert.main, f"cohort{seed}/raw", f"small{seed}.csv", f"small{seed}", *axes)
-    call(convert.main, "--demo", "other", "--seed", 3, "--runs", 400, "--test", 0.4)
+    call(demo.main, "other", "--seed", 3, "--runs", 400, "--test", 0.4)
     call(train.main, "--data", "other", "--name", "carried", *MODELS["whole"], "--workers", 0)
 
 
@@ -118,19 +116,17 @@ def table_of(rows, columns=("accuracy", "ROC AUC")):
 
 def augmentation():
     for model, flags in MODELS.items():
-        chosen = AUGMENTATIONS if model == "pixels" else {k: AUGMENTATIONS[k] for k in ("none", "article", "physical")}
-        table_of(
-            {
-                f"{model}, {label}": (f"{model}-{label}".replace(" ", "_"), [*flags, *more])
-                for label, more in chosen.items()
-            }
-        )
+        names = train.AUGMENTATION if model == "pixels" else ("none", "article", "physical")
+        rows = {}
+        for name in names:
+            rows[f"{model}, {name}"] = f"{model}-{name}".replace(" ", "_"), [*flags, "--augmentation", name]
+        table_of(rows)
 
 
 def only_one_right():
     """Test runs that only the pixels, or only a network, call right, all cohorts together, and the exact sign test."""
     print("| | 40 runs: pixels, network, p | 280 runs: pixels, network, p |\n| --- | --- | --- |")
-    flags = {name: [*flags, *AUGMENTATIONS["physical"]] for name, flags in MODELS.items()}
+    flags = {name: [*flags, *PHYSICAL] for name, flags in MODELS.items()}
     for model in ("frozen", "whole"):
         cells = []
         for data in SIZES.values():
@@ -146,12 +142,12 @@ def only_one_right():
 def rates():
     columns = ["accuracy", "validation loss", "highest training loss / ln 2"]
     rows = {f"whole, {lr}": (f"whole-lr{lr}", [*NETWORK, "--lr", lr]) for lr in (0.003, 0.03, "auto")}
-    rows["whole, 0.01"] = "whole-physical", [*MODELS["whole"], *AUGMENTATIONS["physical"]]
+    rows["whole, 0.01"] = "whole-physical", [*MODELS["whole"], *PHYSICAL]
     for lr in (0.003, 0.01, 0.03, 0.1, "auto"):
         rows[f"pixels, Adamax, {lr}"] = f"pixels-lr{lr}", [*MODELS["pixels"], "--optimizer", "adamax", "--lr", lr]
         rows[f"frozen, Adamax, {lr}"] = f"frozen-lr{lr}", [*MODELS["frozen"], "--optimizer", "adamax", "--lr", lr]
-    rows["frozen, solved"] = "frozen-physical", [*MODELS["frozen"], *AUGMENTATIONS["physical"]]
-    rows["pixels, solved"] = "pixels-physical", [*MODELS["pixels"], *AUGMENTATIONS["physical"]]
+    rows["frozen, solved"] = "frozen-physical", [*MODELS["frozen"], *PHYSICAL]
+    rows["pixels, solved"] = "pixels-physical", [*MODELS["pixels"], *PHYSICAL]
     table_of(rows, columns)
 
 
@@ -203,16 +199,16 @@ def shuffled():
 def crowd(folder, seed, n_runs=150):
     """600 compounds in 150 runs; 24 of them are 12-fold stronger in four of five exposed people, none only in them."""
     (folder / "raw").mkdir(parents=True, exist_ok=True)
-    compounds, lines, batches = convert.demo_cohort(seed, n_background=576)
+    compounds, lines, batches = demo.demo_cohort(seed, n_background=576)
     samples = []
     for i in range(n_runs):
         run, exposed = np.random.default_rng([seed, 1, i]), i % 2 == 1
         stronger = exposed & compounds["planted"] & (run.random(len(compounds)) < 0.8)
         # simulate_run gives half of a fold to the exposed and takes half from the controls.
         of_this_run = compounds.assign(fold=np.where(stronger, 12.0**2, 1.0))
-        scans = convert.simulate_run(run, of_this_run, lines, exposed, batches[convert.batch_of(i)])
-        convert.write_mzml(folder / f"raw/run{i:03d}.mzML", scans)
-        samples.append((f"run{i:03d}", convert.DEMO_PHENOTYPES[exposed]))
+        scans = demo.simulate_run(run, of_this_run, lines, exposed, batches[demo.batch_of(i)])
+        demo.write_mzml(folder / f"raw/run{i:03d}.mzML", scans)
+        samples.append((f"run{i:03d}", demo.PHENOTYPES[exposed]))
     pd.DataFrame(samples, columns=["sample_name", "phenotype"]).to_csv(folder / "raw/samples.csv", index=False)
     ontology = np.where(compounds["planted"], "planted", "background")
     fold_change = np.where(compounds["planted"], 12, 1)
@@ -233,24 +229,29 @@ def ranked(run, data, drift=0.3, most=0.1):
     planted, up = np.array(features["ontology"] == "planted"), np.array(features["fold_change"] > 1)
     exposed, test = np.array(table["phenotype"] == "exposed"), np.array(table["split"] == "test")
 
-    scores = explain.Scores(model, recipe).eval()
-    u = train.inputs_of(model, pictures) - scores.zero
-    p = scores.probabilities(explain.scores_of(scores, u)).numpy()[:, 1]
-    intensities = np.array([explain.local_intensity(picture, recipe, drift) for picture in pictures])
-    cleared, calls = explain.without_drift(intensities, p, most=most)
-    r = explain.at_places(explain.evidence_map(cleared, calls), features, recipe)
-    r_test = explain.evidence_map(*explain.without_drift(intensities[test], p[test], most=most))
-    r_test = explain.at_places(r_test, features, recipe)
-    found = explain.tests_of_calls(explain.at_places(cleared, features, recipe), calls, seed=0)["q"] < 0.05
-    measured = explain.at_places(intensities, features, recipe)  # (N, F)
-    t = ttest_ind(measured[exposed], measured[~exposed], equal_var=False).statistic
-    heat = explain.heat_maps(scores, explain.choose_layers(model), u[exposed], 1, recipe.bins[::-1]).mean(0)
-    heat = explain.at_places(heat, features, recipe)
+    p = evaluate.votes_of([model], recipe, pictures)[0][:, 1]
+    measured = np.array([explain.local_intensity(picture, recipe, drift).ravel() for picture in pictures])
+
+    def evidence_of(rows):
+        """Evidence at the features (F,), from some of the pictures, and what was taken out of them."""
+        components = explain.common_components(measured[rows], p[rows], most=most)
+        evidence = explain.evidence_of(measured[rows], p[rows], components)
+        return explain.at_places(evidence, features, recipe), components
+
+    r, components = evidence_of(np.full(len(p), True))
+    r_test, _ = evidence_of(test)
+    at_features = explain.at_places(measured, features, recipe)  # (N, F)
+    found = explain.tests_of_calls(r, len(p) - 2 - components.shape[1])["q"] < 0.05
+    t = ttest_ind(at_features[exposed], at_features[~exposed], equal_var=False).statistic
+    aucs = {"evidence": r, "of test pictures": r_test, "t-test of phenotypes": t}
+    layers = explain.choose_layers(model)
+    if layers:
+        heat = sum(explain.heat_maps(model, layers, recipe, [pictures[i] for i in np.flatnonzero(exposed)], 1))
+        aucs["LayerCAM"] = explain.at_places(heat.ravel(), features, recipe)
 
     order = np.argsort(-abs(r))
     hits = found & planted
     right = hits & (up == (r > 0))
-    aucs = {"evidence": r, "of test pictures": r_test, "LayerCAM": heat, "t-test of phenotypes": t}
     row = {"AUC of calls, test": f"{deeplcms.roc_auc(exposed[test], p[test]):.3f}"}
     row |= {name: f"{deeplcms.roc_auc(planted, abs(values)):.3f}" for name, values in aucs.items()}
     row["planted in 10, 24, 50"] = ", ".join(str(planted[order[:n]].sum()) for n in (10, 24, 50))
@@ -328,46 +329,40 @@ def unseen():
             print(f"| {source} | {n} | {' | '.join(cells)} |", flush=True)
 
 
-# ---------------------------------------------------------------- how often blanking is wrong
-def blanked(run, data):
-    """{column: text} of a run: which share of background and of planted features passes, now and by the old rule?"""
-    model, checkpoint = train.load_run(run)
-    recipe = checkpoint["recipe"]
-    table, pictures = explain.read_split(checkpoint, data, "all")
-    pictures = [pictures[i] for i in deeplcms.in_turn(table, explain.BLANKED, 2643).index]
-    mean = np.mean([deeplcms.intensity_of(picture, recipe.colormap) for picture in pictures], axis=0)
-    with contextlib.redirect_stdout(io.StringIO()):
-        features = explain.read_features(data / "features.csv", recipe)
-    scores = explain.Scores(timm.utils.reparameterize_model(model), recipe).eval()
-    u = train.inputs_of(model, pictures) - scores.zero
-    half_box = explain.half_box_of(recipe, 0.3)
-    now = explain.blanking(scores, u, 1, features, mean, recipe, half_box, 2643)["drop_p"].to_numpy()
-    places, planted = features[["rt", "mz"]].to_numpy(), np.array(features["ontology"] == "planted")
-    drops = explain.drops_of(scores, u, 1, places, recipe, half_box)
-    before = drops.mean(1) > 2 * drops.std(1, ddof=1) / len(u) ** 0.5
+# ---------------------------------------------------------------- is heat faithful?
+def seen_through(model, recipe, pictures, maps, k):
+    """Average drop of the probability of class k when a picture is seen through its map (Chattopadhay et al. 2018).
 
-    beside = np.array([(abs(places[planted] - place) <= half_box).all(1).any() for place in places])  # or itself
-    row = {}
-    for name, chosen in {"background": ~planted, "with none planted in its box": ~beside, "planted": planted}.items():
-        row[f"{name}: p < 0.05"] = f"{(now[chosen] < 0.05).mean():.3f}"
-        row[f"{name}: p < 0.023"] = f"{(now[chosen] < 0.023).mean():.3f}"
-        row[f"{name}: two standard errors"] = f"{before[chosen].mean():.3f}"
-    passing = ~planted & (now < 0.05)
-    row["background of p < 0.05 with a planted one in its box"] = f"{(passing & beside).sum()} of {passing.sum()}"
-    return row
+    Where the map is 0 the picture fades to zero intensity. The control is the same map moved by half of both axes.
+    """
+    zero = train.inputs_of(model, recipe, [np.zeros_like(pictures[0])])
+    x = train.inputs_of(model, recipe, pictures)
+    maps = torch.from_numpy(np.stack(maps)).float()
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)  # 0 ... 1
+    moved = maps.roll((maps.shape[1] // 2, maps.shape[2] // 2), (1, 2))
+
+    def probability(x):
+        [(logits, _)] = train.predict(model, [(x, None)])
+        return deeplcms.probabilities_of(logits)[:, k]
+
+    whole, drops = probability(x), {}
+    for name, mask in (("map", maps), ("moved map", moved)):
+        seen = zero + (x - zero) * explain.resized(mask, x.shape[2:])[:, None]
+        drops[name] = np.maximum(0, whole - probability(seen)) / whole
+    return {name: drop.mean() for name, drop in drops.items()}
 
 
-def blanking():
-    header = None
-    for model in ("pixels", "whole"):
-        for seed in SEEDS:
-            data = f"cohort{seed}"
-            run = run_of(data, f"{model}-physical", [*MODELS[model], *AUGMENTATIONS["physical"]])
-            row = blanked(run, Path(data))
-            if header is None:
-                header = f"| Cohort | Of | {' | '.join(row)} |"
-                print(header + "\n| --- | --- " + "| --- " * len(row) + "|")
-            print(f"| {data} | {model} | {' | '.join(row.values())} |", flush=True)
+def faithful():
+    print("| Cohort | Drop, seen through the map | through the same map moved |\n| --- | --- | --- |")
+    for seed in SEEDS:
+        model, checkpoint = train.load_run(run_of(f"cohort{seed}", "whole-physical", [*MODELS["whole"], *PHYSICAL]))
+        recipe = checkpoint["recipe"]
+        table, pictures = explain.read_split(checkpoint, f"cohort{seed}", "val")
+        pictures = [pictures[i] for i in np.flatnonzero(table["phenotype"] == "exposed")]
+        maps = list(explain.heat_maps(model, explain.choose_layers(model), recipe, pictures, 1))
+        drops = seen_through(model, recipe, pictures, maps, 1)
+        print(f"| {seed} | {drops['map']:.3f} | {drops['moved map']:.3f} |", flush=True)
 
 
 # ---------------------------------------------------------------- what the classifier should not have learned
@@ -375,22 +370,22 @@ def blanking():
 
 def confounded():
     """70 runs without biology, half of them 3.6 s later: those of the second class, or every other run of both."""
-    print("| Cohort | Later are | Of | AUC of calls, test | Told apart alone by | r within a class |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| Cohort | Later are | Of | AUC of calls, test | Told apart alone by |")
+    print("| --- | --- | --- | --- | --- |")
     for seed in SEEDS:
         for later in ("the exposed", "half of each"):
             folder = Path(f"no-biology{seed}-{later.replace(' ', '-')}")
             (folder / "raw").mkdir(parents=True, exist_ok=True)
-            compounds, lines, batches = convert.demo_cohort(seed, n_planted=0, n_background=240)
+            compounds, lines, batches = demo.demo_cohort(seed, n_planted=0, n_background=240)
             samples = []
             for i in range(70):
                 exposed = i % 2 == 1
                 late = exposed if later == "the exposed" else i % 4 > 1
                 rng = np.random.default_rng([seed, 1, i])
                 moved = compounds.assign(rt=compounds["rt"] + 0.06 * late)
-                scans = convert.simulate_run(rng, moved, lines, False, batches[0])
-                convert.write_mzml(folder / f"raw/run{i:02d}.mzML", scans)
-                samples.append((f"run{i:02d}", convert.DEMO_PHENOTYPES[exposed], i // 2 + 35 * late))
+                scans = demo.simulate_run(rng, moved, lines, False, batches[0])
+                demo.write_mzml(folder / f"raw/run{i:02d}.mzML", scans)
+                samples.append((f"run{i:02d}", demo.PHENOTYPES[exposed], i // 2 + 35 * late))
             columns = ["sample_name", "phenotype", "injection_order"]
             pd.DataFrame(samples, columns=columns).to_csv(folder / "raw/samples.csv", index=False)
             axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", 256, "--test", 0.4]
@@ -400,16 +395,13 @@ def confounded():
                 call(evaluate.main, run)
                 result = json.loads((run / "metrics.json").read_text())
                 flagged = ", ".join(f"{name} ({result['confounders'][name]['auc']:.2f})" for name in result["flagged"])
-                auc, r = (
-                    result["metrics"]["roc_auc"]["value"],
-                    result["confounders"]["injection_order"]["r_within_class"],
-                )
-                print(f"| {seed} | {later} | {model} | {auc:.3f} | {flagged or '-'} | {r:.2f} |", flush=True)
+                auc = result["metrics"]["roc_auc"]["value"]
+                print(f"| {seed} | {later} | {model} | {auc:.3f} | {flagged or '-'} |", flush=True)
 
 
 def drift():
     """Runs of the test split, their scans moved by a constant, predicted as new files: warned of, and right."""
-    print("| Cohort | Of | Minutes later | Warned of | Median of rt_shift | Accuracy |\n" + "| --- " * 6 + "|")
+    print("| Cohort | Of | Minutes later | Warned of | Median of rt_drift | Accuracy |\n" + "| --- " * 6 + "|")
     for seed in SEEDS:
         data = demo_of(seed)
         test = deeplcms.find_pictures(data)[0].query("split == 'test'")
@@ -422,20 +414,20 @@ def drift():
                     if not (folder / f"{name}.mzML").exists():
                         _, scans = deeplcms.read_run(data / f"raw/{name}.mzML")
                         moved = [(60 * (rt + minutes), *rest) for rt, *rest in scans if rt + minutes >= 0]
-                        convert.write_mzml(folder / f"{name}.mzML", moved)
+                        demo.write_mzml(folder / f"{name}.mzML", moved)
                 out.unlink(missing_ok=True)
                 call(evaluate.main, run, "--predict", folder, "--out", out)
                 table = pd.read_csv(out, keep_default_na=False)
                 truth = test.set_index("sample_name")["phenotype"][[Path(file).stem for file in table["file"]]]
                 right = table["called"].to_numpy() == truth.to_numpy()
-                warned = table["warning"].str.contains("rt_shift").sum()
-                cells = f"{warned} of {len(table)} | {table['rt_shift'].median():.2f} | {right.mean():.3f}"
+                warned = table["warning"].str.contains("rt_drift").sum()
+                cells = f"{warned} of {len(table)} | {table['rt_drift'].median():.2f} | {right.mean():.3f}"
                 print(f"| {data} | {model} | {minutes} | {cells} |", flush=True)
 
 
 def demo_of(seed):
     """A demo cohort of 280 runs, 42 of them for testing."""
-    call(convert.main, "--demo", f"demo{seed}", "--seed", seed, "--runs", 280, "--test", 0.15)
+    call(demo.main, f"demo{seed}", "--seed", seed, "--runs", 280, "--test", 0.15)
     return Path(f"demo{seed}")
 
 
@@ -470,7 +462,7 @@ if __name__ == "__main__":
         ranking,
         bins,
         unseen,
-        blanking,
+        faithful,
         confounded,
         drift,
         shuffled_folds,

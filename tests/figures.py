@@ -48,7 +48,8 @@ def draw_steps(run, box, path):
     axes[2].imshow(np.log10(counts.T[::-1] + 1), extent=box, aspect="auto", cmap="viridis")
     axes[2].set_title(f"3. Intensity summed in {recipe.bins[0]} x {recipe.bins[1]} bins")
 
-    axes[3].imshow(deeplcms.picture_of_counts(counts, recipe), extent=box, aspect="auto")
+    picture = deeplcms.picture_of_counts(counts, recipe)
+    axes[3].imshow(deeplcms.colours(picture, recipe.colormap), extent=box, aspect="auto")
     axes[3].set_title("4. The picture: each time divided by its\nhighest bin, filtered, logarithm, jet")
     for axis in axes[1:]:
         axis.set(xlabel="retention time (min)", ylabel="m/z", xlim=box[:2], ylim=box[2:])
@@ -66,7 +67,7 @@ def draw_augmentation(run, box, path):
         transform = train.training_transform(model, recipe, args)
         torch.manual_seed(1)
         draws = [(transform(picture) / 2 + 0.5).permute(1, 2, 0).numpy() for _ in range(3)]
-        for axis, image in zip(line, [picture, *draws], strict=True):
+        for axis, image in zip(line, [deeplcms.colours(picture, recipe.colormap), *draws], strict=True):
             axis.imshow(image, extent=box, aspect="auto", interpolation="antialiased")
         line[0].set(title="the picture", ylabel="m/z")
         line[2].set_title(f"--augmentation {name}: {what}")

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +11,19 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pyopenms
 import pytest
 from conftest import PEAK, ROOT, call, random_scans, run
+from demo import demo_compounds, simulate_run, write_mzml
+from demo import write_cohort as write_demo
 from PIL import Image, PngImagePlugin
 
 import convert
 import deeplcms
-from deeplcms import InputError, Recipe, metrics_of
+from deeplcms import InputError, Recipe, drift_of, metrics_of, profile_of
 
 FAST = ["--rt-range", 0, 2, "--mz-range", 100, 300, "--bins", 32]  # given axes: each file is read once
 
@@ -28,7 +32,7 @@ def write_cohort(folder, names):
     """folder/raw/*.mzML and folder/samples.csv; every second run is a case."""
     (folder / "raw").mkdir(parents=True)
     for seed, name in enumerate(names):
-        convert.write_mzml(folder / "raw" / f"{name}.mzML", random_scans(seed))
+        write_mzml(folder / "raw" / f"{name}.mzML", random_scans(seed))
     table = pd.DataFrame({"sample_name": names, "phenotype": [("control", "case")[i % 2] for i in range(len(names))]})
     table.to_csv(folder / "samples.csv", index=False)
     return folder / "raw", folder / "samples.csv"
@@ -64,10 +68,18 @@ def test_histogram_is_numpys_on_edges_outside_and_unsorted(tmp_path):
     edges = np.linspace(100, 300, 33)
     scans = random_scans(0) + [(0.0, edges, np.ones(33)), (120.0, edges[::-1], np.full(33, 2.0))]
     scans += [(60.0, np.array([99.0, 300.0, 301.0]), np.array([5.0, 7.0, 5.0])), (121.0, edges, np.ones(33))]
-    convert.write_mzml(tmp_path / "run.mzML", scans)
+    write_mzml(tmp_path / "run.mzML", scans)
     counts = assert_histogram_is_numpys(tmp_path / "run.mzML", Recipe(0, 2, 100, 300, bins=(24, 32)))
     assert counts[-1, -1] >= 4  # both peaks of the corner: the last bins include their right edges
     assert_histogram_is_numpys(tmp_path / "run.mzML", Recipe(0.5, 1.5, 150.5, 250.25, bins=(7, 11)))
+
+
+@pytest.mark.parametrize("n", [0, 1, 500])
+def test_sums_between_are_numpys_histogram(n):
+    rng, edges = np.random.default_rng(n), np.linspace(100, 300, 33)
+    mz = np.sort(np.append(rng.uniform(90, 310, n), edges[: n // 10]))
+    intensity = rng.integers(1, 1000, len(mz)).astype(np.float32)
+    assert (deeplcms.sums_between(edges, mz, intensity) == np.histogram(mz, edges, weights=intensity)[0]).all()
 
 
 def test_histogram_is_numpys_on_real_runs(real_runs, odd_files):
@@ -79,7 +91,7 @@ def test_histogram_is_numpys_on_real_runs(real_runs, odd_files):
 
 def test_every_format_and_time_unit_gives_the_same_run(tmp_path):
     path = tmp_path / "run.mzML"
-    convert.write_mzml(path, [(60.0 * i, *scan) for i, (_, *scan) in enumerate(random_scans(1, 5))])
+    write_mzml(path, [(60.0 * i, *scan) for i, (_, *scan) in enumerate(random_scans(1, 5))])
     in_minutes = path.read_text().replace('unitAccession="UO:0000010" unitName="second"', 'unitAccession="UO:0000031"')
     assert in_minutes.count("UO:0000031") == 5
     for minute in range(5):
@@ -98,7 +110,7 @@ def test_every_format_and_time_unit_gives_the_same_run(tmp_path):
 
 def test_ms2_is_left_out_and_time_order_and_empty_scans_do_not_matter(tmp_path):
     scans = random_scans(2, 6)
-    convert.write_mzml(tmp_path / "plain.mzML", scans)
+    write_mzml(tmp_path / "plain.mzML", scans)
     mixed = pyopenms.MSExperiment()
     for level, (seconds, mz, intensity) in [(1, s) for s in scans[::-1]] + [(2, s) for s in scans] + [(1, (5, [], []))]:
         spectrum = pyopenms.MSSpectrum()
@@ -120,7 +132,7 @@ def test_when_a_run_was_started_is_kept_where_its_file_says_so(tmp_path):
     rows = ["sample_name,phenotype,split,start_time"]
     for i, split in enumerate(["train", "val", "test"] * 2):
         path = tmp_path / f"raw/r{i}.mzML"
-        convert.write_mzml(path, random_scans(i))
+        write_mzml(path, random_scans(i))
         if i != 4:
             text = path.read_text().replace("<run ", f'<run startTimeStamp="2026-11-03T10:{i:02d}:00" ')
             path.write_text(text)
@@ -135,31 +147,44 @@ def test_when_a_run_was_started_is_kept_where_its_file_says_so(tmp_path):
 
 def test_peak_at_437_min_and_mz_462175_lights_the_pixel_at_that_place(tmp_path):
     recipe = Recipe(0, 10, 100, 900, bins=(200, 320))
-    convert.write_mzml(tmp_path / "m3g.mzML", [(PEAK[0] * 60, np.array([PEAK[1]]), np.array([1e6]))])
+    write_mzml(tmp_path / "m3g.mzML", [(PEAK[0] * 60, np.array([PEAK[1]]), np.array([1e6]))])
     picture, _ = deeplcms.picture_of_run(tmp_path / "m3g.mzML", recipe)
-    assert picture.shape == (320, 200, 3)
-    lit = (picture != recipe.zero_colour()).any(axis=2)
+    assert picture.shape == (320, 200)
+    lit = picture > 0
     y, x = np.argwhere(lit).mean(axis=0)
     rt, mz = recipe.from_fraction((x + 0.5) / 200, (y + 0.5) / 320)
     assert rt == pytest.approx(PEAK[0], abs=0.05) and mz == pytest.approx(PEAK[1], abs=2.5)
     assert recipe.to_fraction(rt, mz) == pytest.approx(((x + 0.5) / 200, (y + 0.5) / 320))
-    assert list(recipe.zero_colour()) == [0, 0, 127]  # the dark blue end of jet
     assert not lit[0].any() and not lit[:, 0].any()
 
 
-def test_normalisation_filter_and_colormap():
+def test_a_png_holds_the_picture_and_shows_its_colours_in_jet(tmp_path):
+    write_mzml(tmp_path / "run.mzML", random_scans(3))
+    recipe = Recipe(0, 2, 100, 300, bins=(24, 32))
+    convert.write_pictures(tmp_path / "run.mzML", [(tmp_path / "run.png", (0, 0))], recipe)
+    picture, statistics = deeplcms.picture_of_run(tmp_path / "run.mzML", recipe)
+    assert (deeplcms.read_picture(tmp_path / "run.png") == picture).all() and picture.max() == 255
+    jet = matplotlib.colormaps["jet"](picture, bytes=True)[..., :3]
+    with Image.open(tmp_path / "run.png") as image:
+        assert (np.array(image.convert("RGB")) == jet).all() and (deeplcms.colours(picture, "jet") == jet).all()
+    text, in_png = deeplcms.read_header(tmp_path / "run.png")
+    assert in_png == recipe and text.items() >= {name: str(value) for name, value in statistics.items()}.items()
+    assert np.array(text["profile"].split(), float) == pytest.approx(profile_of(picture), abs=1e-4)
+
+
+def test_normalisation_and_filter():
     counts = np.zeros((4, 4))
     counts[1, 1], counts[2, 2] = 10, 1000  # two times, the second a hundredfold
-    plain = Recipe(0, 1, 0, 1, bins=(4, 4), sigma=0.0, colormap="gray")
-    rt = deeplcms.picture_of_counts(counts, plain)[..., 0]
-    both = deeplcms.picture_of_counts(counts, replace(plain, normalize="global"))[..., 0]
+    plain = Recipe(0, 1, 0, 1, bins=(4, 4), sigma=0.0)
+    rt = deeplcms.picture_of_counts(counts, plain)
+    both = deeplcms.picture_of_counts(counts, replace(plain, normalize="global"))
     assert rt[2, 1] == rt[1, 2] == 255 and (rt > 0).sum() == 2  # m/z points up: bin 1 of 4 is row 2 from the top
-    assert both[1, 2] == 255 and both[2, 1] == pytest.approx(255 * np.log1p(2.55) / np.log(256), abs=1)
-    assert (deeplcms.picture_of_counts(counts, replace(plain, sigma=1.0))[..., 0] > 0).all()
+    assert both[1, 2] == 255 and both[2, 1] == pytest.approx(256 * np.log1p(2.55) / np.log(256), abs=1)
+    assert (deeplcms.picture_of_counts(counts, replace(plain, sigma=1.0)) > 0).all()
 
 
 def test_min_intensity_drops_weaker_peaks(tmp_path):
-    convert.write_mzml(tmp_path / "run.mzML", [(60.0, np.array([150.0, 250.0]), np.array([99.0, 100.0]))])
+    write_mzml(tmp_path / "run.mzML", [(60.0, np.array([150.0, 250.0]), np.array([99.0, 100.0]))])
     recipe = Recipe(0, 2, 100, 300, (1, 2), min_intensity=100)
     counts, statistics = deeplcms.histogram_of_run(tmp_path / "run.mzML", recipe)
     assert counts.tolist() == [[0, 100]] and statistics["n_peaks"] == 1
@@ -181,12 +206,12 @@ def test_every_setting_of_a_recipe_survives_text_and_tells_two_pictures_apart():
 
 @pytest.mark.parametrize(("rt", "mz"), [(3, 0), (-3, 0), (0, 4), (0, -4), (2, 3), (-2, -3)])
 def test_shifted_copy_moves_right_and_up_and_never_wraps(rt, mz):
-    picture = np.arange(10 * 12 * 3, dtype=np.uint8).reshape(10, 12, 3)
-    copy = convert.shifted(picture, rt, mz, (255, 255, 254))
+    picture = np.arange(1, 121, dtype=np.uint8).reshape(10, 12)
+    copy = convert.shifted(picture, rt, mz)
     for y in range(10):
         for x in range(12):
             inside = 0 <= y + mz < 10 and 0 <= x - rt < 12
-            assert copy[y, x].tolist() == (picture[y + mz, x - rt].tolist() if inside else [255, 255, 254])
+            assert copy[y, x] == (picture[y + mz, x - rt] if inside else 0)
 
 
 def test_shifts_are_reproducible_and_differ_between_pictures_and_within_one():
@@ -194,6 +219,34 @@ def test_shifts_are_reproducible_and_differ_between_pictures_and_within_one():
     assert first == again != other and len(set(first)) == 9 and (0, 0) not in first
     assert len(set(convert.draw_shifts("run1", 8, (1, 1), 0))) == 8
     assert {mz for _, mz in convert.draw_shifts("run1", 9, (5, 0), 2643)} == {0}  # along time alone
+
+
+# ---------------------------------------------------------------- drift
+
+
+@pytest.mark.parametrize("bins", [-10, -3, 0, 1, 10])
+def test_drift_is_the_shift_of_a_picture_either_way(bins):
+    picture, recipe = np.random.default_rng(0).integers(0, 256, (32, 100), np.uint8), Recipe(5, 10, 100, 900, (100, 32))
+    later = convert.shifted(picture, bins, 0)
+    assert drift_of(profile_of(later), profile_of(picture), recipe) == pytest.approx(bins * 0.05)  # minutes
+    assert drift_of(np.zeros(100), profile_of(picture), recipe) == 0
+
+
+def test_only_what_lies_far_from_the_training_cohort_is_warned_of():
+    rng = np.random.default_rng(0)
+    cohort = {"total_intensity": list(1e8 * rng.lognormal(0, 0.1, 50)), "outside": [0.0] * 50, "rt_first": [0.1] * 50}
+    cohort |= {"rt_last": [10.0] * 50, "mz_low": [100.0] * 50, "mz_high": [900.0] * 50}
+    cohort |= {"rt_drift": [0.0] * 40 + [0.1] * 9 + [5.0]}
+    recipe = Recipe(0, 10, 100, 900, bins=(250, 250))
+    usual = {"total_intensity": 1e8, "outside": 0.01, "rt_first": 0.2, "rt_last": 9.9}
+    usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_drift": 0.17}
+    for statistics in (usual, usual | {"total_intensity": 2e8}):
+        assert deeplcms.warnings_of(statistics, cohort, recipe) == ""
+    far = {"total_intensity": (1e7, 1e9, 0.0), "outside": (0.2,), "rt_first": (2.0,), "rt_last": (6.0,)}
+    far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_drift": (0.2, -0.1)}
+    for name, values in far.items():
+        for value in values:
+            assert deeplcms.warnings_of(usual | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
 
 
 # ---------------------------------------------------------------- metrics
@@ -282,24 +335,21 @@ def test_tables_from_spreadsheets_read_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "named"),
     [
-        "r s",
-        "r s o --bins 1 2 3",
-        "r s o --rt-range 5 5",
-        "r s o --test 1.5",
-        "r s o --augment 9 --max-shift 1",
-        "r s o --bins 4 --augment 1",
-        "r s o --colormap jett",
-        "r s o --bogus",
-        "r s o --workers 0",
-        "r s o --sigma -1",
+        ("--bins 1 2 3", "--bins"),
+        ("--bins 0", "--bins"),
+        ("--rt-range 5 5", "MIN below MAX"),
+        ("--test 1.5", "--test"),
+        ("--augment 9 --max-shift 1", "--max-shift"),
+        ("--bins 4 --augment 1", "--max-shift"),
+        ("--workers 0", "--workers"),
     ],
 )
-def test_wrong_usage_is_one_line_and_status_2(flags, capsys):
+def test_wrong_usage_names_the_flag_and_is_status_2(flags, named, capsys):
     with pytest.raises(SystemExit) as end:
-        convert.parse_arguments(flags.split())
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+        convert.parse_arguments(["raw", "samples.csv", "out", *flags.split()])
+    assert end.value.code == 2 and named in capsys.readouterr().err.partition("error: ")[2]
 
 
 # ---------------------------------------------------------------- whole cohorts
@@ -328,7 +378,7 @@ def test_no_bad_file_costs_the_others_and_a_repaired_one_is_picked_up(tmp_path):
     assert list(status.index[status == "ok"]) == good
     pictures = {path.stem: path for path in (tmp_path / "out").glob("*/*/*.png")}
     assert pictures.keys() == set(good) and not list((tmp_path / "out").rglob("*tmp*"))
-    text, recipe = deeplcms.read_text(pictures['Müller, "A" 1'])
+    text, recipe = deeplcms.read_header(pictures['Müller, "A" 1'])
     assert text["sample_name"] == 'Müller, "A" 1' and text["source"] == 'Müller, "A" 1.mzML'
     assert recipe == Recipe(0, 1, 100, 300, (32, 32))
     assert text["shift"] == "0 0" and text["n_scans"] == "40" and text["rt_last"] == "1.95"
@@ -370,7 +420,7 @@ def test_odd_files_end_in_a_picture_or_a_reason(odd_files):
 def test_shared_axes_hold_every_run_and_workers_do_not_change_a_byte(tmp_path):
     raw, samples = write_cohort(tmp_path, [f"r{i}" for i in range(10)])
     wide = [(30.0, np.array([50.0, 700.0]), np.ones(2)), (600.0, np.array([60.0]), np.ones(1))]
-    convert.write_mzml(raw / "r0.mzML", wide)
+    write_mzml(raw / "r0.mzML", wide)
     flags = [raw, samples, "--bins", 20, 30, "--augment", 2, "--max-shift", 3, "--test", 0.2]
     for workers in (1, 2):
         done = run("convert.py", *flags[:2], f"w{workers}", *flags[2:], "--workers", workers, cwd=tmp_path)
@@ -380,7 +430,7 @@ def test_shared_axes_hold_every_run_and_workers_do_not_change_a_byte(tmp_path):
     assert recipe == Recipe(0.0, 10.0, 50.0, 700.0, (20, 30)) and len(pictures) == 10 + pictures["copy"].sum()
     assert pictures["copy"].sum() == 2 * ((pictures["split"] == "train") & ~pictures["copy"]).sum()
     for path in pictures["path"]:
-        text, _ = deeplcms.read_text(path)
+        text, _ = deeplcms.read_header(path)
         rt, mz = map(int, text["shift"].split())
         assert path.stem == text["sample_name"] + (f"_rt{rt:+d}_mz{mz:+d}" if (rt, mz) != (0, 0) else "")
 
@@ -450,35 +500,42 @@ def test_killed_and_resumed_equals_uninterrupted_and_leaves_no_orphans(tmp_path)
     assert "with other samples or splits" in refusal(*flags)
 
 
-def test_pictures_of_other_axes_in_one_data_set_are_refused(two, tmp_path):
-    import shutil
-
+@pytest.mark.parametrize(
+    ("change", "texts", "message"),
+    [
+        (Image.Image.copy, {"mz_max": "900.5"}, "another kind of picture .*mz_max is 900.[05], not 900.[05]"),
+        (lambda image: image.resize((32, 32)), {}, "make it again"),
+        (lambda image: image.convert("RGB"), {}, "make it again"),  # as convert.py once made them
+        (Image.Image.copy, {"profile": None}, "make it again"),
+    ],
+)
+def test_pictures_of_another_kind_in_a_data_set_are_refused(two, tmp_path, change, texts, message):
     shutil.copytree(two[0], tmp_path / "mixed")
     png = next((tmp_path / "mixed/train/user").glob("*.png"))
     with Image.open(png) as image:
         info = PngImagePlugin.PngInfo()
-        for key, value in image.text.items():
-            info.add_text(key, "900.5" if key == "mz_max" else value)
-        image.save(png, pnginfo=info)
-    with pytest.raises(
-        InputError, match="another kind of picture.*mz_max is 900.5, not 900.0|mz_max is 900.0, not 900.5"
-    ):
+        for name, text in (image.text | texts).items():
+            if text:
+                info.add_text(name, text)
+        change(image).save(png, pnginfo=info)
+    with pytest.raises(InputError, match=message) as refusal:
         deeplcms.find_pictures(tmp_path / "mixed")
+    assert "\n" not in str(refusal.value)
 
 
 def test_conversion_never_loads_torch(tmp_path):
-    convert.write_mzml(tmp_path / "run.mzML", random_scans(0, 2))
+    write_mzml(tmp_path / "run.mzML", random_scans(0, 2))
     code = f"import sys, convert; convert.statistics_of_run(convert.Path({str(tmp_path / 'run.mzML')!r}), 0); "
     done = subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], cwd=ROOT)
     assert done.returncode == 0
 
 
 def test_planted_compounds_differ_by_their_fold_and_background_does_not():
-    compounds = convert.demo_compounds(np.random.default_rng([7, 0]))
+    compounds = demo_compounds(np.random.default_rng([7, 0]))
     heat = np.zeros((2, len(compounds)))
     for i in range(24):
         rng = np.random.default_rng([7, 1, i])
-        for seconds, mz, intensity in convert.simulate_run(rng, compounds, [], i % 2 == 1, np.zeros(6)):
+        for seconds, mz, intensity in simulate_run(rng, compounds, [], i % 2 == 1, np.zeros(6)):
             for k in np.flatnonzero(abs(compounds["rt"] * 60 - seconds) < 10):
                 low, high = np.searchsorted(mz, compounds["mz"][k] * (1 + np.array([-2e-5, 2e-5])))
                 heat[i % 2, k] += intensity[low:high].sum()
@@ -499,10 +556,16 @@ def test_batches_drift_smoothly_and_apart_and_hold_both_phenotypes(demo):
     assert abs(np.diff(drifts, axis=1)).max() < 4  # from one two-hundredth of the gradient to the next
 
 
-def test_demo_files_and_another_seed_in_the_same_folder(demo):
-    samples = deeplcms.read_table(demo / "raw/samples.csv")
-    assert samples["phenotype"].value_counts().to_dict() == {"control": 20, "exposed": 20}
+def test_demo_files_are_the_same_from_any_number_of_workers(tmp_path):
+    for folder, seed, workers in (("one", 7, 1), ("two", 7, 2), ("other", 8, 2)):
+        write_demo(tmp_path / folder, 4, seed, workers)
+    one, two, other = (files_of(tmp_path / folder) for folder in ("one", "two", "other"))
+    assert one == two and len(one) == 6 and not set(one.values()) & set(other.values())
+
+
+def test_the_demos_features_and_another_cohort_in_the_same_folder(demo, two):
     features = pd.read_csv(demo / "features.csv", skiprows=4)
     assert features["Ontology"].value_counts().to_dict() == {"background": 216, "planted": 24}
-    status, line = run("convert.py", "--demo", demo, "--runs", 40, "--bins", 64, "--seed", 1, cwd=demo.parent)
-    assert status == 1 and "holds another cohort" in line
+    for folder, what in ((demo, "cohort"), (two[0], "data set")):
+        status, line = run("demo.py", folder, "--runs", 40, "--bins", 64, "--seed", 1, cwd=demo.parent)
+        assert status == 1 and f"holds another {what}" in line

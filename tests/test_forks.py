@@ -6,6 +6,7 @@ import shutil
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, call
 
 FLAGS = ["--backbone", "pixels", "--grid", 8, "--image-size", 64, "--epochs", 2, "--lr", 0.1, "--data"]
@@ -56,7 +57,7 @@ def test_square_root_in_place_of_the_logarithm(fork, two):
 
 def test_mixup_is_a_setting_that_nothing_forgets(fork, two):
     folder, edit = fork
-    edit("train.py", '    add("--erase"', '    add("--mixup", type=float, default=0.0)\n    add("--erase"')
+    edit("train.py", '    add("--warp"', '    add("--mixup", type=float, default=0.0)\n    add("--warp"')
     mixed = "    if args.mixup:\n        x = x + args.mixup * (x[torch.randperm(len(x))] - x)\n"
     step = "    optimizer.zero_grad()\n    with autocast"
     edit("train.py", step, mixed + step)
@@ -77,7 +78,18 @@ def test_another_head(fork, two):
     old = re.search(r"        self.head = nn.Linear.*?\n(?:        nn.init.*\n)+", text).group()
     layers = "nn.Linear(self.n_features, 16), nn.ReLU(), nn.Linear(16, n_outputs)"
     edit("train.py", old, f"        self.head = nn.Sequential({layers})\n")
-    works(folder, "train.py", *FLAGS, two[0])
+    works(folder, "train.py", *FLAGS, two[0], "--optimizer", "adamax", "--epochs", 30, "--lr", 0.03)
+    works(folder, "evaluate.py")
+    works(folder, "explain.py")
+
+
+def test_one_grey_channel(fork, two):
+    folder, edit = fork
+    edit("train.py", "CHANNELS = 3", "CHANNELS = 1")
+    edit("train.py", "v2.Lambda(functools.partial(colours, colormap=recipe.colormap))", "v2.Lambda(np.atleast_3d)")
+    works(folder, "train.py", "--backbone", "test_resnet", "--weights", "random", *FLAGS[4:], two[0])
+    state = torch.load(folder / "runs/data/test_resnet/seed2643/best.pt")["model"]
+    assert next(weight.shape[1] for weight in state.values() if weight.ndim == 4) == 1
     works(folder, "evaluate.py")
     works(folder, "explain.py")
 
@@ -99,8 +111,9 @@ def test_a_regression_label(fork, two):
         '    return pictures["age"].astype(float).to_numpy()\n',
     )
     text = (folder / "train.py").read_text()
-    old = text[text.index("    if logits.shape[1] == 1:\n        return F.binary") : text.index("def build_model")]
-    edit("train.py", old, "    return F.mse_loss(logits[:, 0], labels.float())\n\n\n")
+    old = re.search(r"    if logits.shape\[1\] == 1:\n        return F.binary.*?\n\n", text, re.DOTALL).group()
+    edit("train.py", old, "    return F.mse_loss(logits[:, 0], labels.float())\n\n")
+    edit("train.py", "float(entropy(np.unique(labels, return_counts=True)[1]))", "float(np.var(labels))")
     edit(
         "deeplcms.py",
         "    probabilities = probabilities_of(logits)\n    n_classes",

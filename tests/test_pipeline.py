@@ -25,16 +25,14 @@ def whole_way(folder, raw, samples, conversion, training, explanation=()):
 
 def test_real_runs_go_the_whole_way(real_runs, tmp_path):
     conversion = ["--test", 0.25, "--val", 0.25, "--bins", 200]
-    pictures, run_folder = whole_way(tmp_path, real_runs, real_runs / "samples.csv", conversion, TINY)
+    pictures, _ = whole_way(tmp_path, real_runs, real_runs / "samples.csv", conversion, TINY)
     pngs = sorted(pictures.glob("*/*/*.png"))
     assert len(pngs) == 8
     with Image.open(pngs[0]) as image:
-        assert image.size == (200, 200)
+        assert image.size == (200, 200) and image.mode == "P"
         # the spinal cords were measured from 2501 to 4500 s at m/z 200-600
         assert 41.6 < float(image.text["rt_min"]) < 41.8 and 74.9 < float(image.text["rt_max"]) < 75.1
         assert float(image.text["mz_min"]) >= 200 and float(image.text["mz_max"]) <= 600
-    regions = pd.read_csv(run_folder / "explain" / "regions.csv")
-    assert regions["rt_min"].between(41.6, 75.1).all() and (regions["rt_min"] < regions["rt_max"]).all()
 
 
 def test_a_cohort_with_three_phenotypes_other_columns_and_other_ranges_goes_the_whole_way(demo, tmp_path):

@@ -1,0 +1,198 @@
+"""The demo cohort: synthetic mzML runs of two phenotypes, their truth planted, and the pictures of them.
+
+    python tests/demo.py                                  # what train.py takes without --data: 600 runs, in demo/
+    python tests/demo.py cohort1 --seed 1 --runs 280      # behind DIR, other flags are those of convert.py
+
+It looks like the article's Figure 2: dead volume, chemical-noise lines across the whole run, a wash at the end, peaks
+that tail, drift of retention and mass, intensities over four decades. DIR/raw/ holds the runs and samples.csv,
+DIR/features.csv lists planted and background compounds in the form of an MS-DIAL export. What is there already is kept:
+every run has random numbers of its own.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import convert  # noqa: E402
+from deeplcms import Help, InputError, count, read_table, run_script, slow_waves, whole_file  # noqa: E402
+from deeplcms import write_table, write_text  # noqa: E402
+
+PHENOTYPES = ("control", "exposed")
+BATCHES, MINUTES, MZ = 4, 10.0, (100.0, 900.0)
+FEATURES = """\
+,,,,,,,Class
+,,,,,,,File type
+,,,,,,,Injection order
+,,,,,,,Batch ID
+Alignment ID,Average Rt(min),Average Mz,Metabolite name,Ontology,Fold change,MS/MS matched,Annotation tag (VS1.0)
+"""
+
+
+def demo_compounds(rng, n_planted=24, n_background=216):
+    """A made-up metabolome, and `fold`: the level of each compound in exposed people over that in controls.
+
+    Planted compounds have a fold of 2-10, up or down, or are in exposed people only (infinity), as a drug is; all else
+    is drawn alike for planted and background ones. `frequency` is the chance that a run holds a compound at all.
+    """
+    n = n_planted + n_background
+    compounds = pd.DataFrame({"planted": np.arange(n) < n_planted, "rt": rng.uniform(0.9, 9.0, n)})  # minutes
+    compounds["mz"] = rng.uniform(110, 700, n) + 20 * compounds["rt"]  # later means larger, as on a C18 column
+    others = rng.integers(0, n, n - 2 * n // 3)  # with which the last third overlaps
+    for axis, spread in (("rt", 0.1), ("mz", 6)):
+        beside = compounds[axis][others] + rng.normal(0, spread, len(others))
+        compounds.loc[2 * n // 3 :, axis] = beside.to_numpy()
+    compounds["log10_height"] = np.clip(rng.normal(5.8, 0.5, n), 5.0, 7.3)
+    compounds["width"] = rng.uniform(2.5, 5.0, n)  # seconds, one standard deviation of the rising side
+    compounds["tailing"] = rng.uniform(1.2, 3.0, n)  # falling side / rising side
+    compounds["frequency"] = rng.uniform(0.6, 0.95, n)
+    fold = np.exp(rng.uniform(np.log(2), np.log(10), n)) ** rng.choice([-1, 1], n)
+    fold[:3] = np.inf
+    compounds["fold"] = np.where(compounds["planted"], fold, 1.0)
+    return compounds
+
+
+def simulate_run(rng, compounds, lines, exposed, batch):
+    """Scans [(seconds, m/z ascending, intensity)] of one synthetic centroided run.
+
+    Measured in the faahKO runs (Saghatelian 2004), for peaks 33 s wide at half height: days differ by 2-24 s, slowly
+    along the gradient, runs of a day by 2 s; sensitivity by 20 %. Peaks are 6-24 s wide here and batches drift by 15 s
+    (standard deviation), as from column to column. People's levels differ by a factor of 2.2, a guess for human blood.
+    """
+    times = np.arange(0, 60 * MINUTES, 2.0)
+    n = len(times)
+    peaks = []  # (scan, m/z, intensity) arrays
+    ppm, sensitivity = rng.normal(0, 3), rng.lognormal(0, 0.3)
+    waves = batch + rng.normal(0, 3, 6)
+    drift = waves @ slow_waves(compounds["rt"] / MINUTES) + rng.normal(0, 0.5, len(compounds))
+    level = compounds["fold"] ** (0.5 if exposed else -0.5)
+    level = level.replace(np.inf, 1.0) * sensitivity * rng.lognormal(0, 0.8, len(compounds))
+    drawn = compounds.assign(apex=60 * compounds["rt"] + drift, top=10 ** compounds["log10_height"] * level)
+    for compound in drawn[rng.random(len(drawn)) < drawn["frequency"]].itertuples():
+        rise, fall = compound.width, compound.width * compound.tailing
+        near = np.flatnonzero((times > compound.apex - 4 * rise) & (times < compound.apex + 4 * fall))
+        sides = np.where(times[near] < compound.apex, rise, fall)
+        shape = np.exp(-0.5 * ((times[near] - compound.apex) / sides) ** 2)
+        profile = compound.top * shape * rng.lognormal(0, 0.1, len(near))
+        carbon_13 = 0.011 * (compound.mz / 20)  # atoms a molecule
+        for isotope, share in enumerate((1, carbon_13, carbon_13**2 / 2)):
+            peaks.append((near, compound.mz + 1.00336 * isotope, profile * share))
+    # Solvent and plasticiser ions in every scan: the horizontal lines of the article's Figure 2.
+    for line, level in lines:
+        wander = np.exp(np.cumsum(rng.normal(0, 0.05, n)))
+        peaks.append((np.arange(n), line, level * sensitivity * wander / wander.mean()))
+    # Dead volume: all that the column does not hold. Wash: all that it held too long, a polymer among it.
+    for start, end, n_ions, low, level in ((0.5, 0.75, 60, 100, 2e5), (9.3, 9.8, 150, 300, 1e5)):
+        window = np.flatnonzero((times > 60 * start) & (times < 60 * end))
+        rise_and_fall = np.hanning(len(window) + 2)[1:-1]
+        for ion in rng.uniform(low, low + 400, n_ions):
+            peaks.append((window, ion, level * rng.lognormal(0, 1) * rise_and_fall))
+    window = np.flatnonzero(times > 60 * 9.2)
+    for unit in range(12):
+        level = 4e5 * np.exp(-0.5 * ((unit - 5) / 3) ** 2)
+        peaks.append((window, 327.2 + 44.0262 * unit, level * rng.lognormal(0, 0.1, len(window))))
+    m = 40 * n  # electronic noise
+    noise = rng.integers(0, n, m), rng.uniform(*MZ, m), rng.lognormal(np.log(2e3), 0.7, m)
+    peaks.append(noise)
+
+    scan, mz, height = np.concatenate([np.broadcast_arrays(*part) for part in peaks], axis=1)
+    mz = mz * (1 + 1e-6 * (ppm + rng.normal(0, 2, len(mz))))
+    order = np.lexsort((mz, scan))
+    order = order[height[order] > 1e3]  # the detector sees four decades
+    starts = np.searchsorted(scan[order], np.arange(1, n))
+    return list(zip(times, np.split(mz[order], starts), np.split(height[order], starts), strict=True))
+
+
+def write_mzml(path, scans):
+    """Write MS1 scans [(seconds, m/z, intensity)] as mzML: zlib, m/z in 64 bits, intensity in 32."""
+    import pyopenms
+
+    experiment = pyopenms.MSExperiment()
+    for seconds, mz, intensity in scans:
+        spectrum = pyopenms.MSSpectrum()
+        spectrum.setMSLevel(1)
+        spectrum.setRT(float(seconds))
+        spectrum.set_peaks((mz, intensity.astype(np.float32)))
+        experiment.addSpectrum(spectrum)
+    options, file = pyopenms.PeakFileOptions(), pyopenms.MzMLFile()
+    options.setCompression(True)
+    file.setOptions(options)
+    with whole_file(path) as temporary:
+        file.store(str(temporary), experiment)
+
+
+def demo_cohort(seed, **sizes):
+    """Compounds, [(m/z, intensity)] of lines, and the drift (BATCHES, 6) of batches: what all runs share."""
+    rng = np.random.default_rng([seed, 0])
+    compounds = demo_compounds(rng, **sizes)
+    lines = np.transpose([rng.uniform(*MZ, 15), rng.lognormal(np.log(2e4), 0.8, 15)])
+    return compounds, lines, rng.normal(0, 15, (BATCHES, 6))
+
+
+def write_demo_run(path, seed, index):
+    """One run of the demo cohort; cohort and run have their own random numbers, so any worker writes the same file."""
+    compounds, lines, batches = demo_cohort(seed)
+    run = np.random.default_rng([seed, 1, index])
+    write_mzml(path, simulate_run(run, compounds, lines, index % 2 == 1, batches[batch_of(index)]))
+
+
+def batch_of(index):
+    """Runs of both phenotypes, in turn, are in every batch."""
+    return index // 2 % BATCHES
+
+
+def write_cohort(folder, n_runs, seed, workers):
+    """Write folder/raw/*.mzML and samples.csv, and folder/features.csv in the form of an MS-DIAL alignment export."""
+    raw_dir, numbers = folder / "raw", range(n_runs)
+    if (folder / "settings.json").exists() and not raw_dir.exists():
+        raise InputError(f"{folder} holds another data set: use another folder")
+    print(f"the demo cohort: {n_runs} synthetic runs in {raw_dir}, their compounds in {folder}/features.csv")
+    raw_dir.mkdir(parents=True, exist_ok=True)
+    samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers], "cohort": str(seed)})
+    samples["phenotype"] = [PHENOTYPES[i % 2] for i in numbers]
+    samples["batch"] = [f"{batch_of(i) + 1}" for i in numbers]
+    table = raw_dir / "samples.csv"
+    if table.exists() and not read_table(table).equals(samples):
+        raise InputError(f"{raw_dir} holds another cohort: use another folder or delete this one")
+    for leftover in raw_dir.glob(".*.tmp.mzML"):  # of a command that was killed
+        leftover.unlink()
+    write_table(table, samples)
+    paths = [raw_dir / f"{name}.mzML" for name in samples["sample_name"]]
+    tasks = {i: (paths[i], seed, i) for i in numbers if not paths[i].exists()}
+    for _, result in convert.for_each(write_demo_run, tasks, workers, "writing mzML"):
+        if isinstance(result, Exception):
+            raise result
+
+    features = demo_cohort(seed)[0].sort_values("rt").round({"rt": 3, "mz": 5, "fold": 2})
+    features["kind"] = np.where(features["planted"], "planted", "background")
+    features["name"] = features["kind"] + features.index.map(" {:03d}".format)
+    features["matched"] = features.index % 3 == 0
+    features["tag"] = np.where(features["matched"], 430, 530)
+    columns = features[["rt", "mz", "name", "kind", "fold", "matched", "tag"]].to_csv(header=False)
+    write_text(folder / "features.csv", FEATURES + columns)
+
+
+# ---------------------------------------------------------------- command line
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), metavar="DIR", help="where it goes")
+    parser.add_argument("--runs", type=count, default=600, help="number of runs, half of each phenotype")
+    parser.add_argument("--seed", type=int, default=2643, help="of compounds, runs and splits")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
+    args, of_convert = parser.parse_known_args()
+    raw_dir = args.folder / "raw"
+    flags = ["--bins", 256, "--test", 0.2, "--rt-range", 0, MINUTES, "--mz-range", *MZ]
+    flags += ["--seed", args.seed, "--workers", args.workers, *of_convert]
+    conversion = convert.parse_arguments(
+        [str(text) for text in (raw_dir, raw_dir / "samples.csv", args.folder, *flags)]
+    )
+    write_cohort(args.folder, args.runs, args.seed, args.workers)
+    return convert.convert(conversion)
+
+
+if __name__ == "__main__":
+    run_script(main)
