@@ -299,7 +299,8 @@ def parse_arguments(argv=None):
     add("--bins", type=count, nargs="+", default=[500], help="one number for both axes, or time and m/z")
     add("--rt-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="minutes (default: holds every run)")
     add("--mz-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="m/z (default: holds every run)")
-    add("--normalize", choices=["rt", "global"], default="rt", help="by the highest bin of a time, or of the run")
+    scale = "divide by the total ion current of the run, the highest bin of each retention time, or that of the run"
+    add("--normalize", choices=["tic", "rt", "global"], default="tic", help=scale)
     add("--min-intensity", type=float, default=0.0, help="leave weaker peaks out")
     add("--sigma", type=float, default=2.0, help="of the Gaussian filter, in bins; 0: none")
     add("--colormap", default="jet", choices=list(matplotlib.colormaps), metavar="NAME", help="of matplotlib")

@@ -93,9 +93,9 @@ def originals_of(checkpoint, data, splits):
 
 def unseen_pictures(checkpoints, data, split):
     """Table of one split, with labels and without copies, and its pictures; no member may have trained on them."""
-    folds = [member for member in checkpoints if member["config"]["settings"]["fold"] is not None]
-    if split != "test" and any(is_own(fold, data) for fold in folds):
-        raise InputError(f"this run is a fold of train and val together and has seen most of {split}")
+    seen = [run for run in checkpoints if run["config"]["solved"] or run["config"]["settings"]["fold"] is not None]
+    if split != "test" and any(is_own(run, data) for run in seen):
+        raise InputError(f"this run was fitted to train and val together and has seen {split}; judge it on test")
     pictures, classes = originals_of(checkpoints[0], data, (split,)), checkpoints[0]["config"]["classes"]
     if unknown := set(pictures["phenotype"]) - set(classes):
         place = data or checkpoints[0]["config"]["settings"]["data"]

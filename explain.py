@@ -22,6 +22,7 @@ inclusion.csv, those of q below 0.05 as Orbitraps import a mass list.
 """
 
 import argparse
+import functools
 import math
 import re
 import sys
@@ -43,7 +44,7 @@ from tqdm import tqdm
 from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, count, files_of, first_line, is_run
 from deeplcms import picture_of_run, read_header, read_picture, read_table, run_script, write_table
 from evaluate import FEWEST, SEED, in_turn, label_axes, originals_of, show, title_of, votes_of
-from train import DEVICE, figure, find_run, inputs_of, load_run, to_channels_first
+from train import DEVICE, figure, find_run, inputs_of, load_run
 
 
 # ---------------------------------------------------------------- heat: where a picture's probability comes from
@@ -63,19 +64,20 @@ class Scores(nn.Module):
 
 
 def choose_layers(model, names=None):
-    """Modules of the backbone to explain, {name: module}; none for `pixels`, which has no network.
+    """Modules of the backbone to explain, {name: module}; none where the head sees the picture alone.
 
-    Default: the deepest layer (of those that timm lists) whose map is at least a quarter of the picture's side, or the
-    last of the finest where none is (a vision transformer's last block). Deeper layers mix retention times and masses,
-    and look up to 7 % of the axis away from where upsampling paints them.
+    Default: the finest map that the head sees, or where that is the network's last one, the deepest layer (of those
+    that timm lists) whose map is at least a quarter of the picture's side, or else the last of the finest. Deeper
+    layers mix retention times and masses, and look up to 7 % of the axis away from where upsampling paints them.
     """
     modules = dict(model.backbone.named_modules())
     stages = [stage for stage in getattr(model.backbone, "feature_info", []) if stage["module"] in modules]
-    if not names and not isinstance(model.backbone, nn.Identity):
-        if not stages:
-            raise InputError("timm lists no layers of this backbone; name one with --layers")
+    if not names and model.maps:
         fine = max(4, min(stage["reduction"] for stage in stages))
-        names = [[stage["module"] for stage in stages if stage["reduction"] <= fine][-1]]
+        finest = stages[model.maps[0]]
+        if finest["reduction"] == stages[-1]["reduction"]:
+            finest = [stage for stage in stages if stage["reduction"] <= fine][-1]
+        names = [finest["module"]]
     for name in names or []:
         if name not in modules:
             known = ", ".join(stage["module"] for stage in stages) or "none"
@@ -88,10 +90,7 @@ def heat_maps(model, layers, recipe, pictures, k):
 
     Several layers are fused as torchcam does.
     """
-
-    def to_map(y):
-        return to_channels_first(y, model.backbone)
-
+    to_map = functools.partial(to_channels_first, backbone=model.backbone)
     scores = Scores(model).eval()
     with LayerCAM(scores, list(layers.values()), reshape_transform=to_map) as cam:
         for picture in tqdm(pictures, desc="heat", unit="picture", disable=None, leave=False):
@@ -101,6 +100,16 @@ def heat_maps(model, layers, recipe, pictures, k):
             except (AssertionError, RuntimeError) as error:  # the logits do not come from there
                 raise InputError(f"no heat at {', '.join(layers)} ({error}); name others with --layers") from None
             yield resized(heat.float(), picture.shape)[0].cpu().numpy()
+
+
+def to_channels_first(y, backbone):
+    """Tokens (N, L, C) of a ViT or channels-last maps (N, H, W, C) of a Swin -> (N, C, H, W)."""
+    if y.ndim == 3:
+        square = (math.isqrt(y.shape[1]),) * 2
+        grid_size = getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or square
+        y = y[:, -math.prod(grid_size) :]  # class and register tokens come first and have no place
+        return y.transpose(1, 2).unflatten(2, grid_size)
+    return y.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else y
 
 
 def resized(maps, shape):

@@ -66,7 +66,7 @@ ARTICLE = """
     mixnet_xl.ra_in1k""".split()
 
 # Defaults when no --data is given, so that two CPU cores need minutes, not hours.
-DEMO = {"image_size": 128, "grid": 3, "batch_size": 8, "epochs": 20, "lr": 0.01, "finetune": "all"}
+DEMO = {"image_size": 128, "scales": ["last:3"], "batch_size": 8, "epochs": 20, "lr": 0.01, "finetune": "all"}
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
@@ -90,7 +90,11 @@ AUGMENTATION = {
     "none": {"warp": 0, "gain": 0, "erase": 0, "erase_size": 0, "rotate": 0, "color_jitter": 0},
 }
 
-PENALTIES = np.logspace(0, -7, 15)  # of a head that is solved: L2, from strong to weak
+# Which maps a head sees by default, STRIDE:GRID: stride 1 is the picture, a grid of N pools a map to N x N cells. Of
+# "head", a frozen backbone's, those strides that it has.
+SCALES = {"pixels": ["1:56"], "head": ["1:56", "8:14", "16:14"], "all": ["last:3"]}
+PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
+STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
 # What --tune tries, every combination of it: flags and their values.
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
@@ -208,30 +212,38 @@ class Pictures(Dataset):
 
 # ---------------------------------------------------------------- model
 class Classifier(nn.Module):
-    """Backbone -> feature map (N, C, H, W) -> mean of each cell of a grid -> standardise -> linear -> logits (N, K).
+    """Maps of a backbone -> mean of each cell of a grid -> standardise -> linear -> logits (N, K).
 
-    Grid 1 is the article's global pooling; with a larger grid the head knows where on the retention-time and m/z axes a
-    pattern lies. `pixels` has no backbone: its feature map is the picture itself. Stored features may stand for inputs.
+    scales: [(stride, grid)]. Stride 1 is the picture itself, all that `pixels` has; the last map pooled to one cell is
+    the article's way. An early map on a fine grid keeps a spot and its place on the retention-time and m/z axes. Stored
+    features may stand for inputs.
     """
 
-    def __init__(self, backbone, n_outputs, grid=None, image_size=None, pretrained=False):
+    def __init__(self, backbone, n_outputs, scales=None, image_size=None, pretrained=False, finetune="head"):
         super().__init__()
-        self.frozen = False
+        self.frozen, self.n_outputs, strides = False, n_outputs, [1]
         if backbone == "pixels":
-            self.backbone = nn.Identity()
-            self.image_size, self.grid = image_size or 224, grid or 56
+            self.backbone, self.image_size = nn.Identity(), image_size or 224
             self.mean = self.std = (0.5,) * CHANNELS
         else:
             own = timm.get_pretrained_cfg(backbone) or timm.models.PretrainedCfg()
-            self.image_size, self.grid = image_size or own.input_size[-1], grid or 1
+            self.image_size = image_size or own.input_size[-1]
             resized = own.fixed_input_size and self.image_size != own.input_size[-1]
             options = {"img_size": self.image_size} if resized else {}  # the others take any size and no such option
             options |= {"num_classes": 0, "in_chans": CHANNELS}
             self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
             self.mean, self.std = own.mean[:CHANNELS], own.std[:CHANNELS]
+            strides += [stage["reduction"] for stage in self.backbone.feature_info]
+        default = SCALES["pixels" if backbone == "pixels" else finetune]
+        default = [scale for scale in default if scale.partition(":")[0] in ("last", *map(str, strides))]
+        self.scales = chosen_scales(scales or default, strides, backbone)
+        self.maps = [
+            max(i for i, s in enumerate(strides) if s == stride) - 1 for stride, _ in self.scales if stride > 1
+        ]
         with torch.no_grad():
-            blank = torch.zeros(1, CHANNELS, self.image_size, self.image_size)
-            self.n_features, self.n_outputs = self.eval().features(blank).shape[1], n_outputs
+            blank = torch.zeros(2, CHANNELS, self.image_size, self.image_size)
+            blocks = [block.shape[1] for block in self.eval().blocks_of(blank)]
+        self.blocks, self.n_features = blocks, sum(blocks)
         self.standardize = nn.BatchNorm1d(self.n_features, affine=False)
         self.head = nn.Linear(self.n_features, n_outputs)
         nn.init.zeros_(self.head.weight)  # every picture starts at even odds
@@ -250,52 +262,54 @@ class Classifier(nn.Module):
             self.standardize.eval()
         return self
 
-    def fit_standardize(self, features, least=0.01):
+    def fit_standardize(self, features):
         """Mean and variance of the features (N, F) of pictures.
 
-        least: share of the typical variance that every one counts as at least, so that a feature of a frozen backbone
-        that hardly varies here is not blown up when it does later.
+        Each counts as a hundredth of the typical variance of its map at least, so that what hardly varies here is not
+        blown up when it does later.
         """
-        variance, mean = torch.var_mean(features.double(), 0, correction=0)
+        variance, mean = torch.var_mean(features, 0, correction=0)
+        variance = torch.cat([part.clamp(min=0.01 * part.mean()) for part in variance.split(self.blocks)])
         self.standardize.running_mean.copy_(mean)
-        self.standardize.running_var.copy_(variance.clamp(min=least * variance.mean()))
+        self.standardize.running_var.copy_(variance)
 
-    def feature_map(self, x):
-        """Pictures (N, CHANNELS, size, size) -> feature map (N, C, H, W), whatever layout the backbone uses inside."""
-        if isinstance(self.backbone, nn.Identity):
-            return x
-        return to_channels_first(self.backbone.forward_features(x), self.backbone)
+    def blocks_of(self, x):
+        """Inputs (N, CHANNELS, size, size) -> a block (N, C * grid * grid) of pooled features for each scale."""
+        maps = [x] if self.scales[0][0] == 1 else []
+        if self.maps:
+            maps += self.backbone.forward_intermediates(x, self.maps, stop_early=True, intermediates_only=True)
+        return [F.adaptive_avg_pool2d(m, grid).flatten(1) for m, (_, grid) in zip(maps, self.scales, strict=True)]
 
     def features(self, x):
-        """Pictures (N, CHANNELS, size, size) -> pooled features (N, C * grid * grid)."""
-        return F.adaptive_avg_pool2d(self.feature_map(x), self.grid).flatten(1)
+        """Inputs (N, CHANNELS, size, size) -> pooled features (N, F)."""
+        return torch.cat(self.blocks_of(x), dim=1)
+
+    def head_inputs(self, x):
+        """Features (N, F) as the head takes them: standardised, each scale of the same weight, all of length 1.
+
+        So one learning rate or penalty suits a head of 100 inputs and one of 100,000, and the first steps do not shake
+        the backbone.
+        """
+        weight = torch.cat([x.new_full((n,), (n * len(self.blocks)) ** -0.5) for n in self.blocks])
+        return self.standardize(x) * weight
 
     def forward(self, x):
         if x.ndim == 4:
             x = self.features(x)
         return self.head(self.head_inputs(x))
 
-    def head_inputs(self, x):
-        """Features (N, F) as the head takes them: standardised, and divided by the square root of their number.
 
-        So one learning rate or penalty suits a head of 100 inputs and one of 100,000, and the first steps do not shake
-        the backbone.
-        """
-        return self.standardize(x) / self.n_features**0.5
-
-
-def to_channels_first(y, backbone):
-    """Tokens (N, L, C) of a ViT or channels-last maps (N, H, W, C) of a Swin -> (N, C, H, W)."""
-    if isinstance(y, list):
-        y = y[-1]  # of several scales (CoaT) the coarsest
-    if y.ndim == 3:
-        square = (math.isqrt(y.shape[1]),) * 2
-        grid_size = getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or square
-        y = y[:, -math.prod(grid_size) :]  # class and register tokens come first and have no place
-        return y.transpose(1, 2).unflatten(2, grid_size).contiguous()
-    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
-        return y.permute(0, 3, 1, 2).contiguous()
-    return y
+def chosen_scales(scales, strides, backbone):
+    """[(stride, grid)], strides ascending, of ["STRIDE:GRID"], where a stride may be called last."""
+    chosen = {}
+    for text in scales:
+        stride, _, grid = text.partition(":")
+        stride = strides[-1] if stride == "last" else int(stride)
+        if stride not in strides:
+            known = ", ".join(map(str, dict.fromkeys(strides)))
+            raise InputError(f"--scales {text}: the strides of {backbone} are {known}")
+        chosen[stride] = int(grid)
+    return sorted(chosen.items())
 
 
 def loss_of(logits, labels):
@@ -321,28 +335,31 @@ def offline_if_unreachable():
 
 def build_model(args, n_outputs):
     """(model, where its weights come from), frozen or not, as --weights and --finetune ask."""
-    build = functools.partial(Classifier, args.backbone, n_outputs, args.grid, args.image_size)
-    torch.manual_seed(args.seed)
-    model, origin = build(), "random initialisation"
+
+    def build(finetune, pretrained=False):
+        torch.manual_seed(args.seed)
+        model = Classifier(args.backbone, n_outputs, args.scales, args.image_size, pretrained, finetune)
+        return model.freeze() if finetune == "head" else model
+
     if args.backbone == "pixels":
-        origin = "no network"
-    elif args.weights in ("auto", "pretrained"):
+        return build("head").to(DEVICE), "no network"
+    if args.weights in ("auto", "pretrained"):
         offline_if_unreachable()
         try:
-            model = build(pretrained=True)
-            origin = f"pretrained ({timm.get_pretrained_cfg(args.backbone).hf_hub_id or args.backbone})"
+            model = build(args.finetune or "head", pretrained=True)
+            return model.to(DEVICE), f"pretrained ({timm.get_pretrained_cfg(args.backbone).hf_hub_id or args.backbone})"
+        except InputError:
+            raise
         except Exception as error:  # the Hub, its cache and timm each have their own
             missing = f"no pretrained weights of {args.backbone} could be had ({type(error).__name__})"
             if args.weights == "pretrained":
                 raise InputError(f"{missing}: connect to the network once, or give --weights FILE or random") from None
-            say(f"warning: {missing}: {origin}")
+            say(f"warning: {missing}: random initialisation")
     elif args.weights != "random":
+        model = build(args.finetune or "head")
         load_weights(model.backbone, args.weights)
-        origin = f"file {args.weights}"
-    finetune = args.finetune or ("all" if origin == "random initialisation" else "head")
-    if finetune == "head" or args.backbone == "pixels":
-        model.freeze()
-    return model.to(DEVICE), origin
+        return model.to(DEVICE), f"file {args.weights}"
+    return build(args.finetune or "all").to(DEVICE), "random initialisation"
 
 
 def load_weights(backbone, path):
@@ -378,7 +395,8 @@ def load_run(run):
     if "profile" not in checkpoint:
         raise InputError(f"{run}/best.pt: not a checkpoint of this train.py")
     config = checkpoint["config"]
-    model = Classifier(config["settings"]["backbone"], config["n_outputs"], config["grid"], config["image_size"])
+    scales = [f"{stride}:{grid}" for stride, grid in config["scales"]]
+    model = Classifier(config["settings"]["backbone"], config["n_outputs"], scales, config["image_size"])
     model.load_state_dict(checkpoint["model"])
     model.mean, model.std = config["mean"], config["std"]  # another timm may have others
     checkpoint["recipe"] = Recipe.from_text(checkpoint["recipe"])
@@ -387,44 +405,55 @@ def load_run(run):
 
 
 # ---------------------------------------------------------------- batches, fresh or stored
-def extract_features(model, pictures, n_views, args):
-    """Pooled features (n_views, N, F) of random views of every picture, by a frozen backbone."""
+def extract_features(model, table, transform, n_views, args):
+    """Features (n_views, N, F) of random views of the N pictures of a table, by a frozen backbone."""
     # A copy for the forward pass alone: branches fused (MobileOne, RepVGG, FastViT) and channels-last, twice as fast.
     fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
     torch.manual_seed(VIEWS_SEED)
-    loader = DataLoader(ConcatDataset([pictures] * n_views), 32, num_workers=args.workers)
-    features = []
+    dataset = ConcatDataset([Pictures(table, transform)] * n_views)
+    features = torch.empty(len(dataset), model.n_features)
+    parts = features.split(32)
+    loader = DataLoader(dataset, 32, num_workers=args.workers)
     with torch.inference_mode(), autocast(args):
-        for x, _ in progress(loader, "extracting features"):
-            features.append(fast.features(x.to(DEVICE, memory_format=torch.channels_last)).float().cpu())
-    return torch.cat(features).unflatten(0, (n_views, len(pictures)))
+        for part, (x, _) in zip(parts, progress(loader, "extracting features"), strict=True):
+            part.copy_(fast.features(x.to(DEVICE, memory_format=torch.channels_last)))
+    return features.unflatten(0, (n_views, len(table)))
+
+
+def store_features(model, pictures, recipe, args):
+    """{"views": features of random draws of all pictures of the command, "clean": of the originals as they are}."""
+    say(f"storing the features of {len(pictures)} pictures x {args.views}, and of the originals as they are")
+    originals = pictures[~pictures["copy"]]
+    views = extract_features(model, pictures, training_transform(model, recipe, args), args.views, args)
+    clean = extract_features(model, originals, to_input(model, recipe), 1, args)[0]
+    return {"views": views, "originals": originals.index, "clean": clean}
+
+
+def stored(store, pictures, table):
+    """(views (K, N, F), their labels (K * N,)) of the rows of a table, and of its originals (clean (n, F), labels)."""
+    originals = table[~table["copy"]]
+    views = store["views"][:, pictures.index.get_indexer(table.index)]
+    clean = store["clean"][store["originals"].get_indexer(originals.index)]
+    return views, torch.tensor(list(table["label"])).repeat(len(views)), clean, torch.tensor(list(originals["label"]))
 
 
 def make_loaders(model, table, pictures, recipe, args, store):
     """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
-    table: the rows of `pictures` in this training. What is stored is kept in `store`, for all trainings that share it.
-    Fits the standardisation of a frozen backbone on the training pictures. All views of a picture count as pictures.
+    table: the rows of `pictures` in this training. Fits the standardisation of a frozen backbone. All views of a
+    picture count as pictures.
     """
-    ways = {"train": (training_transform(model, recipe, args), args.views), "val": (to_input(model, recipe), 1)}
-    datasets = {}
-    for split, (transform, n_views) in ways.items():
-        part = table[table["split"] == split]
-        datasets[split] = Pictures(part, transform)
-        if args.views:
-            pool = pictures if args.folds else part  # folds share the features of all pictures
-            pool = pool[~pool["copy"]] if split == "val" else pool
-            if split not in store:
-                say(f"storing the features of {len(pool)} pictures x {n_views}, for {split}")
-                store[split] = extract_features(model, Pictures(pool, transform), n_views, args)
-            features = store[split][:, pool.index.get_indexer(part.index)]  # (view, picture, feature)
-            labels = torch.as_tensor(datasets[split].labels).repeat(n_views)
-            datasets[split] = TensorDataset(features.flatten(0, 1), labels)
-    train, val = datasets.values()
+    part = {split: table[table["split"] == split] for split in ("train", "val")}
+    if args.views:
+        views, labels, clean, _ = stored(store, pictures, part["train"])
+        train = TensorDataset(views.flatten(0, 1), labels)
+        val = TensorDataset(*stored(store, pictures, part["val"])[2:])
+    else:
+        train = Pictures(part["train"], training_transform(model, recipe, args))
+        val = Pictures(part["val"], to_input(model, recipe))
+        clean = extract_features(model, part["train"], to_input(model, recipe), 1, args)[0] if model.frozen else None
     if model.frozen:
-        features = train.tensors[0] if args.views else extract_features(model, train, 1, args)[0]
-        model.fit_standardize(features)
-
+        model.fit_standardize(clean)
     options = {"num_workers": 0 if args.views else args.workers, "pin_memory": CUDA}
     sampler = DistributedSampler(train, WORLD, RANK, seed=args.seed)
     alone = len(sampler) > 1 == len(sampler) % args.batch_size  # a last batch of one has no batch statistics
@@ -576,35 +605,71 @@ def shown_metrics(columns):
 
 
 # ---------------------------------------------------------------- the head of a frozen backbone, solved
-def solve_head(model, loaders, args, run=None, report=lambda row: None):
-    """What `fit` returns, a row for each L2 penalty: logistic regression on stored features, solved by L-BFGS.
+def solve_head(model, table, pictures, args, store, run=None, report=lambda row: None):
+    """What `fit` returns, with one row: logistic regression on stored features of training and validation pictures.
 
-    The head of a frozen backbone is a convex problem, so there is no rate to choose and no order of batches; what is
-    chosen on the validation pictures is the penalty, from strong to weak.
+    The head of a frozen backbone is a convex problem, so there is no rate, no order of batches and no epoch to choose;
+    and the penalty is fixed, so no picture need be kept apart. Validation figures are out of fold: each picture, as it
+    is, is judged by a head that was fitted without it and its group.
     """
-    features, y = (part.to(DEVICE) for part in loaders["train"].dataset.tensors)
+    began = time.time()
+    table = table[table["split"] != "held out"]
+    views, labels, clean, val_labels = stored(store, pictures, table)
+    model.eval().fit_standardize(clean)
     with torch.no_grad():
-        x = model.eval().head_inputs(features)
-    history, best_weights = [], None
-    for penalty in PENALTIES:
-        began = time.time()
-        optimizer = torch.optim.LBFGS(model.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+        x = torch.cat([model.head_inputs(part) for part in (*views, clean)])
+    z, to_weights = coordinates(x)
+    n = len(labels)
+    weight, bias = solved(z[:n], labels, model.n_outputs)
+    train_logits = z[:n] @ weight.T + bias
 
-        def objective(optimizer=optimizer, penalty=penalty):
-            optimizer.zero_grad()
-            weights = [part for part in model.head.parameters() if part.ndim > 1]  # biases go free
-            loss = loss_of(model.head(x), y) + penalty / 2 * sum(part.square().sum() for part in weights)
-            loss.backward()
-            return loss
+    fold = fold_of(table, OUT_OF_FOLD, args.seed)
+    fold_of_views, fold_of_clean = torch.tensor(fold).repeat(len(views)), torch.tensor(fold[~table["copy"]])
+    val_logits = torch.empty(len(clean), model.n_outputs, dtype=z.dtype)
+    for k in progress(range(OUT_OF_FOLD), "out of fold"):
+        others = fold_of_views != k
+        fold_weight, fold_bias = solved(z[:n][others], labels[others], model.n_outputs)
+        held_out = fold_of_clean == k
+        val_logits[held_out] = z[n:][held_out] @ fold_weight.T + fold_bias
+    model.head.weight.data.copy_(to_weights(weight))
+    model.head.bias.data.copy_(bias)
 
-        optimizer.step(objective)
-        outputs = [(model.head(x).detach().cpu(), y.cpu())] if RANK == 0 else []
-        val_outputs = predict(model, loaders["val"])
-        row = {"epoch": len(history) + 1, **judged("train", outputs), **judged("val", val_outputs)}
-        row |= {"l2": penalty, "seconds": round(time.time() - began, 2)}
-        best_weights = recorded(row, f"L2 penalty {penalty:.0e}", history, best_weights, model, run)
-        report(row)
+    outputs = {"train": [(train_logits.float(), labels)], "val": [(val_logits.float(), val_labels)]}
+    row = {"epoch": 1, **judged("train", outputs["train"]), **judged("val", outputs["val"])}
+    row["seconds"] = round(time.time() - began, 2)
+    history = []
+    best_weights = recorded(row, "solved; validation figures are out of fold:", history, None, model, run)
+    report(row)
     return history, best_weights
+
+
+def coordinates(x):
+    """(z (n, d), function) of pictures x (n, F): coordinates with the same inner products, and weights of them -> of x.
+
+    A solution is a sum of pictures, so where these are fewer than features it is looked for among their sums.
+    """
+    if x.shape[0] >= x.shape[1]:
+        return x.double(), lambda weight: weight
+    gram = (x @ x.T).double()
+    gram.diagonal().add_(1e-5 * gram.diagonal().mean())  # the rounding of float32
+    z = torch.linalg.cholesky(gram)
+    return z, lambda weight: torch.linalg.solve_triangular(z.T, weight.T, upper=True).T.float() @ x
+
+
+def solved(z, labels, n_outputs):
+    """(weight (K, d), bias (K,)) of lowest loss and penalty on pictures z (n, d), by L-BFGS."""
+    weight = torch.zeros(n_outputs, z.shape[1], dtype=z.dtype, requires_grad=True)
+    bias = torch.zeros(n_outputs, dtype=z.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        loss = loss_of(z @ weight.T + bias, labels) + PENALTY / 2 * weight.square().sum()  # the bias goes free
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return weight.detach(), bias.detach()
 
 
 # ---------------------------------------------------------------- learning-rate range test
@@ -711,38 +776,46 @@ def table_of(pictures, args):
 
 
 def prepare(args, pictures, classes, recipe, store):
-    """(model, loaders, facts) of one training; facts are what config.json and checkpoints say of the model.
+    """(learn, model, facts) of one training; facts are what config.json and checkpoints say of the model.
 
-    Puts into args what auto means for this model: the head is solved where it can be.
+    learn(run, report) trains the model in the way that suits it, and returns (history, best weights). What auto means
+    for this model is put into args: the head is solved where it can be.
     """
     model, origin = build_model(args, 1 if len(classes) == 2 else len(classes))
     if args.views == "auto":
-        args.views = 4 if model.frozen else 0
+        args.views = min(16, max(1, STORED // len(pictures))) if model.frozen else 0
     if args.optimizer == "auto":
         args.optimizer = "lbfgs" if args.views else "adamax"
     if (args.views and not model.frozen) or (args.optimizer == "lbfgs" and not args.views):
         raise InputError("--views and --optimizer lbfgs are for a frozen backbone: use --finetune head --views auto")
+    solve = args.optimizer == "lbfgs"
     table = table_of(pictures, args)
+    judged_on = table["split"].isin(("train", "val") if solve else ("val",))
     facts = {
         "classes": classes,
         "n_outputs": model.n_outputs,
         "weights_origin": origin,
         "finetune": "head" if model.frozen else "all",
-        "grid": model.grid,
+        "solved": solve,
+        "scales": model.scales,
         "image_size": model.image_size,
         "mean": list(model.mean),
         "std": list(model.std),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "chance_loss": chance_loss_of(table["label"][table["split"] == "val"]),
+        "chance_loss": chance_loss_of(table["label"][judged_on]),
         "pictures": table["split"].value_counts().to_dict(),
     }
     say(f"{run_folder(args)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    same = args.backbone, args.seed if origin == "random initialisation" else "any seed"
-    if store.get("of") != same:  # features of another backbone
-        store.clear()
-        store["of"] = same
-    return model, make_loaders(model, table, pictures, recipe, args, store), facts
+    if args.views:
+        same = args.backbone, args.seed if origin == "random initialisation" else "any seed"
+        if store.get("of") != same:  # features of another backbone
+            store.clear()
+            store |= {"of": same, **store_features(model, pictures, recipe, args)}
+    if solve:
+        return functools.partial(solve_head, model, table, pictures, args, store), model, facts
+    loaders = make_loaders(model, table, pictures, recipe, args, store)
+    return functools.partial(fit, model, loaders, args), model, facts
 
 
 def run_folder(args):
@@ -769,14 +842,14 @@ def train_once(args, pictures, classes, recipe, store):
     if (run / "best.pt").exists():
         say(f"{run} is finished")
         return run
-    model, loaders, facts = prepare(args, pictures, classes, recipe, store)
+    learn, model, facts = prepare(args, pictures, classes, recipe, store)
     config = {"data_set": run_folder(args).parents[1].name, **facts, "settings": settings}
     originals = pictures[(pictures["split"] == "train") & ~pictures["copy"]]
     run.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         write_json(run / "config.json", config)
         draw_transformed(run, originals, model, recipe, args)
-    history, best_weights = learn(model, loaders, args, run)
+    history, best_weights = learn(run)
     if RANK > 0:
         return run
 
@@ -798,7 +871,8 @@ def train_once(args, pictures, classes, recipe, store):
     with whole_file(run / "best.pt") as temporary:
         torch.save(contents, temporary)
     control = ", shuffled labels" * args.shuffle_labels
-    draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
+    if not facts["solved"]:
+        draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
     say(f"best validation loss: {best['val_loss']:.3f}, row {best['epoch']} of epochs.csv\nrun folder: {run}")
     if best["val_loss"] >= facts["chance_loss"]:
         say(f"warning: no better than the class shares alone, whose loss is {facts['chance_loss']:.3f}")
@@ -815,18 +889,11 @@ def write_held_out(run, model, table, recipe, fold):
     write_table(run / "held_out.csv", table[columns].join(logits))
 
 
-def learn(model, loaders, args, run=None, report=lambda row: None):
-    """(history, best weights): a head on stored features is solved, all else is trained in the loop."""
-    way = solve_head if args.optimizer == "lbfgs" else fit
-    return way(model, loaders, args, run, report)
-
-
 def draw_curves(run, history, title):
     table, best = pd.DataFrame(history), best_of(history)
-    xlabel = "row of epochs.csv: L2 penalty, from strong to weak" if "l2" in table else "epoch"
     with figure(run / "curves.png", title, (10, 4), ncols=2) as (left, right):
-        table.plot("epoch", ["train_loss", "val_loss"], ax=left, marker=".", title="Loss", xlabel=xlabel)
-        table.plot("epoch", shown_metrics(table), ax=right, marker=".", title="Validation", xlabel=xlabel)
+        table.plot("epoch", ["train_loss", "val_loss"], ax=left, marker=".", title="Loss")
+        table.plot("epoch", shown_metrics(table), ax=right, marker=".", title="Validation")
         for axes in (left, right):
             axes.axvline(best["epoch"], color="0.6", linestyle="--", label=f"best ({best['epoch']})")
             axes.legend()
@@ -868,7 +935,7 @@ def tune(args, pictures, classes, recipe, store):
         chosen = {name: trial.suggest_categorical(name, values) for name, values in SEARCH.items()}
         say(f"trial {trial.number}: {chosen}")
         trial_args = argparse.Namespace(**vars(args) | chosen)
-        model, loaders, _ = prepare(trial_args, pictures, classes, recipe, store)
+        learn, _, _ = prepare(trial_args, pictures, classes, recipe, store)
 
         def report(row):
             trial.report(row["val_loss"], row["epoch"])
@@ -876,7 +943,7 @@ def tune(args, pictures, classes, recipe, store):
                 raise optuna.TrialPruned
 
         try:
-            history, _ = learn(model, loaders, trial_args, report=report)
+            history, _ = learn(report=report)
         except InputError as error:
             say(f"trial {trial.number} is given up: {error}")
             raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
@@ -946,7 +1013,8 @@ def make_parser():
     add("--data", metavar="DIR", help="data set of convert.py (without it: the demo, at settings of its own)")
     add("--weights", default="auto", help="auto: pretrained, or random without the Hub; pretrained; random; or a file")
     add("--finetune", choices=["head", "all"], help="what is trained (default: head; all where weights are random)")
-    add("--grid", type=count, metavar="N", help="pool the feature map to N x N cells (default: 1; pixels: 56)")
+    scales = f"maps that the head sees, and their grids (default: {SCALES})"
+    add("--scales", nargs="+", metavar="STRIDE:GRID", help=scales)
     add("--image-size", type=count, metavar="N", help="pixels a side (default: the backbone's own)")
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -954,7 +1022,7 @@ def make_parser():
     add("--patience", type=count, default=10, help="stop after so many without a better validation loss")
     add("--batch-size", type=count, default=32, help="pictures a step, of each process")
     add("--lr", type=number_or_auto, default="auto", help="learning rate, or auto: range test")
-    solved = "auto: lbfgs, which solves a head on stored features; without these adamax"
+    solved = "auto: lbfgs, which solves a head on stored features; else adamax"
     add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=solved)
     add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's best is cosine")
     add("--weight-decay", type=float, default=2e-5, help="L2 penalty (adamw: decoupled)")
@@ -962,8 +1030,8 @@ def make_parser():
     add = parser.add_argument_group("training pictures").add_argument
     add("--augmentation", choices=list(AUGMENTATION), default="physical", help="how they are varied: AUGMENTATION")
     add("--warp", type=float, metavar="PERCENT", help="drift of retention (default: of the augmentation)")
-    stored = "frozen backbone: features of K draws are stored (auto: 4); 0: fresh draws every epoch"
-    add("--views", type=number_or_auto, default="auto", metavar="K", help=stored)
+    views = "frozen backbone: features of K draws of each are stored; 0: fresh draws every epoch"
+    add("--views", type=number_or_auto, default="auto", metavar="K", help=views)
     add = parser.add_argument_group("experiments").add_argument
     add("--repeats", type=count, default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
     add("--folds", type=int, default=0, metavar="K", help="cross-validation over train and val together")
@@ -1007,7 +1075,7 @@ def trainings_of(args):
     for backbone, i, fold in itertools.product(backbones, range(args.repeats), folds):
         own = {"backbone": backbone, "seed": args.seed + i, "fold": fold}
         if backbone == "pixels" and ("demo" in args or len(backbones) > 1):
-            own["grid"] = None  # --grid is meant for the networks
+            own["scales"] = None  # --scales are meant for the networks
         trainings.append(argparse.Namespace(**vars(args) | own))
     return trainings
 

@@ -58,7 +58,7 @@ def demo(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(demo):
     """A run of two epochs of a tiny network on that cohort."""
-    arguments = ["--backbone", "test_resnet", "--data", demo, "--grid", 3, "--epochs", 2, *TINY]
+    arguments = ["--backbone", "test_resnet", "--data", demo, "--scales", "last:3", "--epochs", 2, *TINY]
     assert run("train.py", *arguments, cwd=demo.parent) == (0, "")
     return demo.parent / "runs" / "demo" / "test_resnet" / "seed2643"
 
@@ -91,8 +91,8 @@ def make_cohort(folder, phenotypes):
 
 def train_pixels(data, *flags):
     """A run of the baseline on that cohort; it finds the compound within seconds."""
-    flags = ["--image-size", 64, "--epochs", 40, "--augmentation", "none", "--lr", 0.3, *flags]
-    assert run("train.py", "--backbone", "pixels", "--grid", 16, "--data", data, *flags, cwd=data.parent) == (0, "")
+    flags = ["--scales", "1:16", "--image-size", 64, "--augmentation", "none", *flags]
+    assert run("train.py", "--backbone", "pixels", "--data", data, *flags, cwd=data.parent) == (0, "")
     return data.parent / "runs" / data.name / "pixels" / "seed2643"
 
 

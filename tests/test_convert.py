@@ -175,12 +175,27 @@ def test_a_png_holds_the_picture_and_shows_its_colours_in_jet(tmp_path):
 def test_normalisation_and_filter():
     counts = np.zeros((4, 4))
     counts[1, 1], counts[2, 2] = 10, 1000  # two times, the second a hundredfold
-    plain = Recipe(0, 1, 0, 1, bins=(4, 4), sigma=0.0)
+    plain = Recipe(0, 1, 0, 1, bins=(4, 4), sigma=0.0, normalize="rt")
     rt = deeplcms.picture_of_counts(counts, plain)
     both = deeplcms.picture_of_counts(counts, replace(plain, normalize="global"))
     assert rt[2, 1] == rt[1, 2] == 255 and (rt > 0).sum() == 2  # m/z points up: bin 1 of 4 is row 2 from the top
     assert both[1, 2] == 255 and both[2, 1] == pytest.approx(256 * np.log1p(2.55) / np.log(256), abs=1)
     assert (deeplcms.picture_of_counts(counts, replace(plain, sigma=1.0)) > 0).all()
+
+
+def test_divided_by_the_total_ion_current_a_compound_keeps_its_level_whatever_elutes_with_it():
+    counts = np.full((50, 50), 0.5)
+    counts[10, 20] = 30
+    tic = Recipe(0, 1, 0, 1, bins=(50, 50), sigma=0.0)
+    before = deeplcms.picture_of_counts(counts, tic)
+    assert np.array_equal(before, deeplcms.picture_of_counts(1000 * counts, tic))  # more of the same sample
+    level = 256 * np.log1p(30 / counts.mean()) / np.log(256)  # the mean bin is 1, 255 of it the last colour
+    assert before[29, 10] == int(level)
+    counts[10, 40] = 400  # a strong neighbour elutes with it; the total rises by a third
+    after = deeplcms.picture_of_counts(counts, tic)
+    assert after[9, 10] == 255 and before[29, 10] - 15 < after[29, 10] < before[29, 10]
+    by_time = replace(tic, normalize="rt")
+    assert deeplcms.picture_of_counts(counts, by_time)[29, 10] < 160  # there it was 255 and is dimmed
 
 
 def test_min_intensity_drops_weaker_peaks(tmp_path):

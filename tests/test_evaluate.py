@@ -413,7 +413,7 @@ def test_dunns_p_values_are_those_of_scikit_posthocs():
 def test_folds_are_judged_together_and_not_tested_against_each_other(two, tmp_path):
     flags = ["--data", two[0], "--folds", 3, "--image-size", 64]
     for grid in (4, 16):
-        more = ["--backbone", "pixels", "--grid", grid, "--name", f"grid{grid}"]
+        more = ["--backbone", "pixels", "--scales", f"1:{grid}", "--name", f"grid{grid}"]
         assert run("train.py", *flags, *more, cwd=tmp_path) == (0, "")
     assert run("evaluate.py", "runs", cwd=tmp_path) == (0, "")
     text = (tmp_path / "runs/comparison.md").read_text()

@@ -14,7 +14,7 @@ from torch import nn
 
 import explain
 from deeplcms import InputError, Recipe
-from train import Classifier, to_channels_first
+from train import Classifier
 
 RECIPE = Recipe(1.0, 11.0, 100.0, 900.0, bins=(64, 64), normalize="global", sigma=1.0)
 MSDIAL = [
@@ -31,7 +31,7 @@ def network(two):
     """A small network trained on the cohort with the planted peak."""
     data = two[0]
     (data / "features.csv").write_text("\n".join([",,,,,,Class"] * 4 + MSDIAL) + "\n")
-    flags = ["--grid", 8, "--epochs", 25, "--patience", 25, "--lr", 0.02]
+    flags = ["--scales", "4:8", "--epochs", 25, "--patience", 25, "--lr", 0.02]
     assert run("train.py", "--backbone", "test_resnet", "--data", data, *TINY, *flags, cwd=data.parent) == (0, "")
     return data.parent / "runs" / data.name / "test_resnet" / "seed2643"
 
@@ -96,11 +96,12 @@ def test_evidence_of_measurements_stored_in_half_precision_is_that_of_double(two
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "swin"])
 def test_any_kind_of_backbone_has_heat_for_either_class(backbone):
-    model = Classifier("test_resnet" if backbone == "swin" else backbone, 1, 1, 64)
+    model = Classifier("test_resnet" if backbone == "swin" else backbone, 1, ["last:1"], 64)
     if backbone == "swin":  # its maps are channels last; a small one, as Swin-T takes its time
         small = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "img_size": 64}
         model.backbone = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **small)
-        model.standardize, model.head, model.n_features = nn.BatchNorm1d(32, affine=False), nn.Linear(32, 1), 32
+        model.standardize, model.head, model.blocks = nn.BatchNorm1d(32, affine=False), nn.Linear(32, 1), [32]
+        model.scales, model.maps = [(8, 1)], [1]
     model.eval().requires_grad_(False)  # as a frozen backbone is
     nn.init.normal_(model.head.weight)
     layers = explain.choose_layers(model)
@@ -112,7 +113,7 @@ def test_any_kind_of_backbone_has_heat_for_either_class(backbone):
 
 
 def test_one_logit_stands_for_a_pair_of_opposite_scores():
-    scores = explain.Scores(Classifier("pixels", 1, 8, 32).eval())
+    scores = explain.Scores(Classifier("pixels", 1, ["1:8"], 32).eval())
     nn.init.normal_(scores.model.head.weight)
     z = scores(torch.rand(3, 3, 32, 32))
     assert z.shape == (3, 2) and torch.allclose(z[:, 0], -z[:, 1]) and z.abs().min() > 0
@@ -329,4 +330,4 @@ def test_tokens_and_channels_last_maps_become_channels_first():
 
     map_ = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).float()
     tokens = torch.cat([torch.zeros(2, 1, 3), map_.flatten(2).transpose(1, 2)], 1)
-    assert torch.equal(to_channels_first(tokens, Tokens), map_)
+    assert torch.equal(explain.to_channels_first(tokens, Tokens), map_)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, call
 
-FLAGS = ["--backbone", "pixels", "--grid", 8, "--image-size", 64, "--epochs", 2, "--lr", 0.1, "--data"]
+FLAGS = ["--backbone", "pixels", "--scales", "1:8", "--image-size", 64, "--epochs", 2, "--lr", 0.1, "--data"]
 
 
 @pytest.fixture()
@@ -35,9 +35,9 @@ def works(folder, script, *arguments):
 def test_square_root_in_place_of_the_logarithm(fork, two):
     folder, edit = fork
     edit("deeplcms.py", '    colormap: str = "jet"\n', '    colormap: str = "jet"\n    scale: str = "log"\n')
-    logarithm = "values = np.log1p(255 * values / (values.max() or 1)) / np.log(256)"
+    logarithm = "values = np.log1p(255 * values / white) / np.log(256)"
     assert logarithm in (folder / "deeplcms.py").read_text()
-    root = 'if recipe.scale == "root":\n        values = np.sqrt(values / (values.max() or 1))\n    else:\n        '
+    root = 'if recipe.scale == "root":\n        values = np.sqrt(values / white)\n    else:\n        '
     edit("deeplcms.py", logarithm, root + logarithm)
     edit("convert.py", '    add("--colormap"', '    add("--scale", default="log")\n    add("--colormap"')
     raw = two[0].parent / "raw"
