@@ -30,22 +30,23 @@ import pandas as pd
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from deeplcms import SPLITS, STATISTICS, Help, InputError, Recipe, colours, count, find_runs, first_difference
-from deeplcms import first_few, histogram_of_run, picture_of_run, profile_of, read_header, read_table, run_script
+from deeplcms import SPLITS, STATISTICS, Help, InputError, Recipe, clean_title, colours, count, find_runs, first_few
+from deeplcms import first_difference, histogram_of_run, picture_of_run, profile_of, read_header, read_table, run_script
 from deeplcms import whole_file, write_json, write_table
 
-FOUND = [*STATISTICS, "start_time"]  # in every run, and where it says so when it was started
+FOUND = [*STATISTICS, "polarity", "start_time"]  # in every run, and where it says so when it was started
 NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change no picture
 
 
 # ---------------------------------------------------------------- the cohort and its splits
 def read_samples(args):
     """The table of samples, with the columns group, path (of the raw run, nan without one) and split."""
-    table, runs = read_table(args.samples), find_runs(args.raw_dir)
+    table, runs = read_table(args.samples, skip_blank_lines=False), find_runs(args.raw_dir)
+    table = table[table.map(str.strip).any(axis=1)].copy()  # without blank rows; the index still counts them
+    group_by = clean_title(args.group_by or "sample_name")
     no_name = r"^$|^\s|\s$|^\.|/"  # of a file or a folder
     patterns = {"sample_name": no_name, "phenotype": no_name}
-    if args.group_by:
-        patterns[args.group_by] = r"^\s*$"
+    patterns.setdefault(group_by, r"^\s*$")
     for column, pattern in patterns.items():
         if column not in table:
             raise InputError(f"{args.samples}: needs a column '{column}' (found: {', '.join(table)})")
@@ -53,13 +54,15 @@ def read_samples(args):
         if bad.any():
             row = bad.idxmax()
             raise InputError(f"{args.samples}, row {row + 2}: {column} {table[column][row]!r} cannot be used")
+    without = table["sample_name"].str.replace(r"(?i)\.(mzml|mzxml|raw|d|wiff)(\.gz|\.bz2)?$", "", regex=True)
+    table["sample_name"] = table["sample_name"].where(table["sample_name"].isin(runs), without)  # the extension
     twice = table["sample_name"].duplicated()
     if twice.any():
         raise InputError(f"{args.samples}: named more than once: {first_few(table['sample_name'][twice])}")
     if table["phenotype"].nunique() > table["phenotype"].str.casefold().nunique():
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
-    table["group"] = table[args.group_by or "sample_name"]
+    table["group"] = table[group_by]
     table["path"] = table["sample_name"].map(runs)
     present = table[table["path"].notna()]
     absent = table["sample_name"][table["path"].isna()]
@@ -162,9 +165,9 @@ def write_pictures(path, pngs, recipe):
     return statistics
 
 
-def statistics_of_run(path, min_intensity):
+def statistics_of_run(path, min_intensity, polarity=""):
     """Statistics of a run, its extent among them: for them it does not matter where the bins lie."""
-    return histogram_of_run(path, Recipe(0, 1, 0, 1, bins=(1, 1), min_intensity=min_intensity))[1]
+    return histogram_of_run(path, Recipe(0, 1, 0, 1, (1, 1), min_intensity=min_intensity, only_polarity=polarity))[1]
 
 
 # ---------------------------------------------------------------- worker processes
@@ -218,17 +221,23 @@ def find_axes(out_dir, settings, runs, args):
         raise InputError(f"{out_dir} already holds pictures that convert.py did not make: use another OUT_DIR")
     if args.rt_range and args.mz_range:
         return [*args.rt_range, *args.mz_range], {}
-    tasks = {name: (path, args.min_intensity) for name, path in runs.items()}
+    tasks = {name: (path, args.min_intensity, args.only_polarity) for name, path in runs.items()}
     results = dict(for_each(statistics_of_run, tasks, args.workers, "finding axes"))
     failures = {name: result for name, result in results.items() if isinstance(result, Exception)}
     if len(failures) == len(runs):
         raise InputError(f"none of the {len(runs)} runs could be read; the first: {next(iter(failures.values()))}")
-    found = pd.DataFrame([result for name, result in results.items() if name not in failures])
+    found = pd.DataFrame({name: result for name, result in results.items() if name not in failures}).T
     axes = []
     for given, first, last in ((args.rt_range, "rt_first", "rt_last"), (args.mz_range, "mz_low", "mz_high")):
         low, high = given or (float(found[first].min()), float(found[last].max()))
         margin = 0.5 if low == high else 0.0  # one scan or one m/z: as numpy.histogram2d does
         axes += [low - margin, high + margin]
+        ends = found[[first, last]].astype(float)  # (run, 2)
+        if not given and (ends[last] - ends[first] < (high - low) / 2).mean() > 0.5:
+            away = (ends - ends.median()).abs().max(axis=1)
+            far = first_few(away.index[away >= away.max() / 2])
+            print(f"warning: most runs cover less than half of {first} to {last}; those that stretch it: {far}")
+    print("axes: {:.2f} to {:.2f} min, m/z {:.2f} to {:.2f}".format(*axes))
     return axes, failures
 
 
@@ -282,9 +291,16 @@ def report(out_dir, table, recipe, statistics, failures):
     print(f"{len(statistics)} of {len(status)} runs in {out_dir}: {recipe}")
     done = table[table["status"] == "ok"]
     print(pd.crosstab(done["split"], done["phenotype"]).to_string())
-    cut = done["sample_name"][done["outside"].astype(float) > 0.01]
-    if len(cut):
-        print(f"warning: more than 1 % of the intensity is outside the axes in {first_few(cut)}")
+    numbers = done[["outside", "rt_last", "scan_kinds"]].astype(float)
+    separate = 'msconvert --filter "scanEvent 1" keeps one kind (Waters: function 1, without MSe and lock mass)'
+    warnings = {
+        "more than 1 % of the intensity is outside the axes": numbers["outside"] > 0.01,
+        "ends within half a minute, or after 300; is the unit of time right?": ~numbers["rt_last"].between(0.5, 300),
+        f"several kinds of MS1 scan lie in one picture; {separate}": numbers["scan_kinds"] > 1,
+    }
+    for warning, is_so in warnings.items():
+        if is_so.any():
+            print(f"warning: {warning}: {first_few(done['sample_name'][is_so])}")
 
 
 # ---------------------------------------------------------------- command line
@@ -302,6 +318,8 @@ def parse_arguments(argv=None):
     scale = "divide by the total ion current of the run, the highest bin of each retention time, or that of the run"
     add("--normalize", choices=["tic", "rt", "global"], default="tic", help=scale)
     add("--min-intensity", type=float, default=0.0, help="leave weaker peaks out")
+    polarity = "leave the scans of the other polarity out; without this a run of both is refused"
+    add("--polarity", dest="only_polarity", choices=["positive", "negative"], default="", help=polarity)
     add("--sigma", type=float, default=2.0, help="of the Gaussian filter, in bins; 0: none")
     add("--colormap", default="jet", choices=list(matplotlib.colormaps), metavar="NAME", help="of matplotlib")
     add = parser.add_argument_group("shifted copies of training pictures").add_argument

@@ -11,9 +11,11 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from xml.parsers import expat
 
 import matplotlib
 import numpy as np
@@ -25,8 +27,9 @@ from scipy.stats import rankdata
 
 SPLITS = ("train", "val", "test")
 RUN = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
-# What is known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint.
-STATISTICS = ["n_scans", "n_peaks", "total_intensity", "outside", "rt_first", "rt_last", "mz_low", "mz_high"]
+# What is known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint;
+# beside these numbers its polarity, "+" or "-" or, where the file does not say, "".
+STATISTICS = "n_scans scan_kinds n_peaks total_intensity outside rt_first rt_last mz_low mz_high".split()
 
 
 # ---------------------------------------------------------------- one run -> one picture
@@ -43,6 +46,7 @@ class Recipe:
     min_intensity: float = 0.0  # weaker peaks are left out
     sigma: float = 2.0  # of the Gaussian filter, in bins
     colormap: str = "jet"
+    only_polarity: str = ""  # positive or negative: scans of the other one are left out
 
     def to_text(self):
         """The recipe as the text chunks of a PNG; str keeps every digit of the axes."""
@@ -91,11 +95,14 @@ def histogram_of_run(path, recipe):
     counts = np.zeros(recipe.bins)  # (n_rt, n_mz)
     n_scans, n_peaks, total = 0, 0, 0.0
     rts, mzs = [], []
-    start_time, scans = read_run(path, recipe.min_intensity)
+    said, scans = read_run(path, recipe.min_intensity, recipe.only_polarity)
     for rt, mz, intensity in scans:
         n_scans += 1
         if len(mz) == 0:
             continue
+        if not (0 <= rt < np.inf and mz[0] > 0 and np.isfinite(mz.sum())):
+            place = f"{60 * rt:g} s (-1: without a time) and m/z {mz[0]:g} to {mz[-1]:g}"
+            raise InputError(f"{path.name}: holds a scan at {place}, which cannot be")
         n_peaks += len(mz)
         total += intensity.sum(dtype=np.float64)
         rts.append(rt)
@@ -106,13 +113,12 @@ def histogram_of_run(path, recipe):
         if 0 <= column < len(counts):
             counts[column] += sums_between(mz_edges, mz, intensity)
     if n_peaks == 0:
-        raise InputError(f"{path.name}: holds no MS1 peaks of intensity {recipe.min_intensity:g} or more")
+        least = f"{recipe.min_intensity:g} or more" if recipe.min_intensity else "above 0"
+        raise InputError(f"{path.name}: holds no MS1 peaks of intensity {least} {recipe.only_polarity}".rstrip())
     statistics = {"n_scans": n_scans, "n_peaks": n_peaks, "total_intensity": total}
     statistics |= {"rt_first": min(rts), "rt_last": max(rts), "mz_low": min(mzs), "mz_high": max(mzs)}
-    statistics["outside"] = max(0.0, 1 - counts.sum() / (total or 1))
-    if start_time:
-        statistics["start_time"] = start_time
-    return counts, statistics
+    statistics["outside"] = max(0.0, 1 - counts.sum() / total)
+    return counts, statistics | said
 
 
 def sums_between(edges, mz, intensity):
@@ -156,14 +162,16 @@ def colours(picture, colormap):
     return np.take(table, picture, axis=0)
 
 
-def read_run(path, min_intensity=0.0):
-    """When a run was started, "YYYY-MM-DD hh:mm:ss" or "", and an iterator over its MS1 scans, weaker peaks left out.
+def read_run(path, min_intensity=0.0, only_polarity=""):
+    """What a run says of itself (polarity, scan_kinds, start_time), and an iterator over its MS1 scans.
 
     A scan is (retention time in minutes, m/z ascending, intensity). pyopenms tells mzML from mzXML, unpacks .gz and
     .bz2 and knows the time's unit. For another instrument's format, ion mobility or MS2, change this function alone.
     """
     import pyopenms  # not at the top: --help need not wait for it
 
+    if path.exists() and not is_run(path):
+        raise InputError(f"{path}: no mzML or mzXML; msconvert makes mzML of what instruments write")
     with open(path, "rb") as file:
         if not file.read(1):
             raise InputError(f"{path.name}: is empty (zero bytes)")
@@ -173,19 +181,48 @@ def read_run(path, min_intensity=0.0):
     handler.setOptions(options)
     try:
         handler.loadExperiment(str(path), experiment)
-    except RuntimeError:  # its message names a line of C++
-        raise InputError(f"{path.name}: cannot be parsed as mzML or mzXML; is it damaged or cut off?") from None
+    except RuntimeError:  # its message names a line of C++; a parser of XML says where it ended
+        reason = "it is whole, but of a kind that OpenMS does not read"
+        try:
+            with matplotlib.cbook.open_file_cm(path, "rb") as file:  # it unpacks, too
+                expat.ParserCreate().ParseFile(file)
+        except Exception as error:  # of the parser, and of what unpacks
+            reason = f"damaged, cut off, or in another encoding than it declares? {first_line(error)}"
+        raise InputError(f"{path.name}: cannot be parsed as mzML or mzXML; {reason}") from None
+
+    other = {"positive": "NEGATIVE", "negative": "POSITIVE"}.get(only_polarity)
+    taken, polarities, kinds = [], set(), Counter()
+    for i, spectrum in enumerate(experiment):
+        settings = spectrum.getInstrumentSettings()
+        mode, polarity = settings.getScanMode().name, settings.getPolarity().name
+        if mode in ("EMR", "ABSORPTION", "EMISSION") or polarity == other:
+            continue  # wavelengths are no masses
+        taken.append(i)
+        polarities.add({"POSITIVE": "+", "NEGATIVE": "-"}.get(polarity, ""))
+        # Full scans, SIM, BoxCar, lock mass or MSe; frames of ion mobility have a drift time, too, but are one kind.
+        function = re.findall(r"function=\d+|experiment=\d+", spectrum.getNativeID())  # Waters, Sciex
+        windows = [(window.begin, window.end) for window in settings.getScanWindows()]
+        faims = spectrum.getDriftTimeUnit().name == "FAIMS_COMPENSATION_VOLTAGE" and spectrum.getDriftTime()
+        kinds[mode, faims, *function, *windows] += 1
+    if polarities >= {"+", "-"}:
+        way = 'take one with convert.py --polarity, or with msconvert --filter "polarity positive"'
+        raise InputError(f"{path.name}: holds positive and negative scans; {way}")
+    recurring = [kind for kind, n in kinds.items() if n > 1]  # windows may follow the data of each scan
+    said = {"polarity": "".join(sorted(polarities)), "scan_kinds": len(recurring) or 1}
 
     def scans():
-        for spectrum in experiment:
+        for i in taken:
+            spectrum = experiment[i]
             if not spectrum.isSorted():
                 spectrum.sortByPosition()
             mz, intensity = spectrum.get_peaks()
-            strong = intensity >= min_intensity
+            strong = (intensity > 0) & (intensity >= min_intensity) & (intensity < np.inf)
             yield spectrum.getRT() / 60, mz[strong], intensity[strong]
 
     started = experiment.getDateTime()
-    return started.get() if started.isValid() else "", scans()
+    if started.isValid():
+        said["start_time"] = started.get()  # YYYY-MM-DD hh:mm:ss
+    return said, scans()
 
 
 # ---------------------------------------------------------------- drift: the same sample on another day
@@ -223,10 +260,11 @@ def drift_of(profile, typical, recipe):
 
 
 def cohort_of(pictures, recipe):
-    """(typical profile (n_rt,), {statistic: a number a run}) of training pictures, the rows of find_pictures."""
+    """(typical profile (n_rt,), {statistic: a value a run}) of training pictures, the rows of find_pictures."""
     profiles = [np.array(text.split(), float) for text in pictures["profile"]]
     typical = np.mean(profiles, axis=0)
     cohort = {name: pictures[name].astype(float).tolist() for name in STATISTICS}
+    cohort["polarity"] = pictures["polarity"].tolist()
     return typical, cohort | {"rt_drift": [drift_of(profile, typical, recipe) for profile in profiles]}
 
 
@@ -237,15 +275,18 @@ def warnings_of(statistics, cohort, recipe):
     outside the axes, two bins of drift: a small cohort of one batch varies less than instruments do.
     """
     cohort = pd.DataFrame(cohort)
-    low, high = cohort.quantile(0.05), cohort.quantile(0.95)
+    low, high = (cohort.quantile(share, numeric_only=True) for share in (0.05, 0.95))
     rt = 0.1 * (high["rt_last"] - low["rt_first"])
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
-    margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz}
+    margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz, "scan_kinds": 0}
     margins["rt_drift"] = 2 * recipe.bin_size()[0]
     limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items()}
     limits["total_intensity"] = low["total_intensity"] / 3, high["total_intensity"] * 3
     far = [name for name, (least, most) in limits.items() if not least <= statistics[name] <= most]
-    return "; ".join(f"{n} is {statistics[n]:.4g} (training runs: {low[n]:.4g} to {high[n]:.4g})" for n in far)
+    warnings = [f"{n} is {statistics[n]:.4g} (training runs: {low[n]:.4g} to {high[n]:.4g})" for n in far]
+    if statistics["polarity"] not in set(cohort["polarity"]):
+        warnings.append(f"polarity is {statistics['polarity'] or 'unknown'}, as of no training run")
+    return "; ".join(warnings)
 
 
 # ---------------------------------------------------------------- raw runs and pictures of a data set
@@ -257,6 +298,9 @@ def find_runs(folder):
         if name in runs:
             raise InputError(f"{folder}: {runs[name].name} and {path.name} are both sample '{name}': keep one")
         runs[name] = path
+    if not runs:
+        found = first_few(os.listdir(folder)) or "nothing"
+        raise InputError(f"{folder}: no mzML or mzXML (found: {found}); msconvert makes mzML of what instruments write")
     return runs
 
 
@@ -410,7 +454,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """The docstring as it stands, and the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 def count(text):
@@ -447,15 +491,26 @@ def write_table(path, table):
 
 
 def read_table(path, skiprows=0, **options):
-    """DataFrame of text: commas, semicolons or tabs, with or without byte-order mark. options: of pandas.read_csv."""
+    """DataFrame of text, titles cleaned; commas, semicolons or tabs, byte-order mark or none. options: of read_csv."""
     options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"} | options
     try:
         with open(path, encoding="utf-8-sig") as file:
             header = file.readlines()[skiprows]
         separator = max(",;\t", key=header.count)
-        return pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
+        table = pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
     except (ValueError, IndexError, OSError) as error:  # of pandas, too: ragged lines, no columns, not UTF-8
         raise InputError(f"{path}: is no table of text ({first_line(error)})") from None
+    if not table.index.equals(pd.RangeIndex(len(table))):  # pandas took the first fields for names of the rows
+        raise InputError(f"{path}: its rows have more fields than its header; name each column, or delete empty ones")
+    titles = table.columns.map(clean_title)
+    if titles.has_duplicates:
+        raise InputError(f"{path}: two columns mean the same: {first_few(table.columns[titles.duplicated(False)])}")
+    return table.set_axis(titles, axis=1)
+
+
+def clean_title(title):
+    """'Average Rt(min)' -> 'average_rt_min_', as pyjanitor does."""
+    return re.sub(r"[\W_]+", "_", title.strip().strip('"').lower())
 
 
 def first_difference(before, now):

@@ -255,7 +255,10 @@ def evaluate(runs, home, args):
     # The figures show the probability of class 1, or with more classes of the class called.
     predictions["of"] = classes[1] if len(classes) == 2 else calls["called"]
     predictions["p"] = probabilities[:, 1] if len(classes) == 2 else probabilities.max(1)
-    draw_test(folder / "test.png", labels, probabilities, confusion, metrics, classes, predictions, title)
+    with figure(folder / "test.png", title, (17, 6.4), ncols=3) as (left, middle, right):
+        draw_confusion(left, confusion, classes)
+        draw_roc(middle, labels, probabilities, confusion, metrics.loc["roc_auc"], classes)
+        draw_calibration(right, predictions)
     draw_prediction_matrix(folder / "prediction_matrix.png", predictions, pictures, recipe, title)
 
     decimals = "{:.3f}".format
@@ -270,14 +273,6 @@ def evaluate(runs, home, args):
     for name in suspects:
         print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")
     print(f"\nresults: {folder}/")
-
-
-def draw_test(path, labels, probabilities, confusion, metrics, classes, predictions, title):
-    """Confusion matrix, ROC curves and calibration, side by side."""
-    with figure(path, title, (17, 6.4), ncols=3) as (left, middle, right):
-        draw_confusion(left, confusion, classes)
-        draw_roc(middle, labels, probabilities, confusion, metrics.loc["roc_auc"], classes)
-        draw_calibration(right, predictions)
 
 
 def draw_confusion(ax, confusion, classes):

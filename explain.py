@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
-from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, count, files_of, first_line, is_run
+from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, clean_title, count, files_of, first_line
 from deeplcms import picture_of_run, read_header, read_picture, read_table, run_script, write_table
 from evaluate import FEWEST, SEED, in_turn, label_axes, originals_of, show, title_of, votes_of
 from train import DEVICE, figure, find_run, inputs_of, load_run
@@ -178,8 +178,8 @@ def evidence_of(intensities, p, components):
 
 # ---------------------------------------------------------------- features
 COLUMNS = {
-    "rt": ("average_rt_min_", "rt_min_", "rt", "retention_time", "retention_time_min_"),
-    "mz": ("average_mz", "precursor_m_z", "mz", "m_z", "precursor_mz"),
+    "rt": ("average_rt_min_", "rt_min_", "rt", "retention_time", "retention_time_min_", "row_retention_time", "rtmed"),
+    "mz": ("average_mz", "precursor_m_z", "mz", "m_z", "precursor_mz", "row_m_z", "mzmed"),
     "name": ("metabolite_name", "title", "name", "compound", "compound_name"),
 }
 
@@ -187,16 +187,17 @@ COLUMNS = {
 def read_features(path, recipe, query=None):
     """Table of features inside the axes, columns cleaned, with rt (minutes), mz and name found by the usual titles.
 
-    An alignment or peak export of MS-DIAL (four lines before the header or none) or any table with rt, mz and name. The
-    query is pandas', on the cleaned names; whoever types it owns the shell, so it may do what pandas lets it.
+    An export of MS-DIAL, Progenesis, mzmine or XCMS (up to nine lines before the header) or any table with rt, mz and
+    name. The query is pandas', on the cleaned names; whoever types it owns the shell, so it may do what pandas lets it.
     """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        skip = 4 if file.read(1) in (",", ";", "\t") else 0
+        titles = [set(map(clean_title, re.split("[,;\t]", line))) for line in file.readlines()[:10]]
+    skip = next((i for i, row in enumerate(titles) if row & {*COLUMNS["rt"]} and row & {*COLUMNS["mz"]}), 0)
     table = read_table(path, skip, dtype=None, keep_default_na=True)
-    table.columns = [re.sub(r"[^0-9a-z]+", "_", title.strip().lower()) for title in table]  # as pyjanitor does
     found = {kind: next((name for name in names if name in table), None) for kind, names in COLUMNS.items()}
     if not (found["rt"] and found["mz"]):
-        raise InputError(f"{path}: no columns of retention time ('Average Rt(min)', 'rt') and m/z ('Average Mz', 'mz')")
+        usual = "retention time ('Average Rt(min)', 'rt') and m/z ('Average Mz', 'mz')"
+        raise InputError(f"{path}: no columns of {usual}; found: {', '.join(table.columns[:20])}")
     for column in table.filter(like="annotation_tag"):
         table[column] = table[column].astype(str).str.removesuffix(".0")  # == '430' works whatever the column holds
     for kind in ("rt", "mz"):
@@ -205,7 +206,7 @@ def read_features(path, recipe, query=None):
             row = int(values.isna().argmax())
             raise InputError(f"{path}, row {row + skip + 2}: {found[kind]} {table[found[kind]][row]} is not a number")
         table[kind] = values
-    table["name"] = table[found["name"]].fillna("").astype(str) if found["name"] else ""
+    table["name"] = table[found["name"]].astype(object).fillna("").astype(str) if found["name"] else ""
     try:
         # Names with runs of underscores, as pyjanitor leaves them and the article has them, mean the same; text stays.
         spelt = re.sub(r"'[^']*'|\"[^\"]*\"|__+", lambda found: found[0] if found[0][0] != "_" else "_", query or "")
@@ -217,6 +218,8 @@ def read_features(path, recipe, query=None):
     print(f"features: {path}, {inside.sum()} inside the axes, {(~inside).sum()} outside")
     if not inside.any():
         raise InputError(f"{path}: no feature is left (--query? retention times in seconds?)")
+    if inside.mean() < 0.5:
+        print("warning: most features are outside; are their retention times in seconds, or the axes narrow?")
     return table[inside].reset_index(drop=True)
 
 
@@ -316,11 +319,11 @@ def read_input(files, recipe):
     rows, pictures, failures = [], [], []
     for path in tqdm(files_of(files), desc="reading", unit="file", disable=None):
         try:
-            if is_run(path):
-                name, phenotype, picture = RUN.fullmatch(path.name)[1], "", picture_of_run(path, recipe)[0]
-            else:
+            if path.suffix.lower() == ".png":
                 check_recipe(read_header(path)[1], recipe, path)
                 name, phenotype, picture = path.stem, path.resolve().parent.name, read_picture(path)
+            else:
+                picture, name, phenotype = picture_of_run(path, recipe)[0], RUN.fullmatch(path.name)[1], ""
         except (InputError, OSError) as error:
             failures.append(error)
             continue

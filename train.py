@@ -44,6 +44,7 @@ from scipy.stats import entropy
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam, Adamax, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, TensorDataset
 from torchvision.transforms import v2
@@ -66,14 +67,9 @@ ARTICLE = """
     mixnet_xl.ra_in1k""".split()
 
 # Defaults when no --data is given, so that two CPU cores need minutes, not hours.
-DEMO = {"image_size": 128, "scales": ["last:3"], "batch_size": 8, "epochs": 20, "lr": 0.01, "finetune": "all"}
+DEMO = {"image_size": 128, "lr": 0.01, "finetune": "all"}
 
-OPTIMIZERS = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adamax": torch.optim.Adamax,
-    "rmsprop": torch.optim.RMSprop,
-}
+OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "adamax": Adamax, "rmsprop": RMSprop}
 SCHEDULERS = {
     "cosine": lambda optimizer, args: CosineAnnealingLR(optimizer, args.epochs),
     "plateau": lambda optimizer, args: ReduceLROnPlateau(optimizer, patience=max(1, args.patience // 3)),
@@ -187,7 +183,8 @@ def warped(x, deviation):
     source = source.clamp(0, n - 1)
     left = source.long()
     right = (left + 1).clamp(max=n - 1)
-    return torch.lerp(x[..., left], x[..., right], source - left)
+    columns_left, columns_right = (x.gather(2, column.expand_as(x)) for column in (left, right))
+    return torch.lerp(columns_left, columns_right, source - left)
 
 
 def amplified(x, deviation):
@@ -219,9 +216,9 @@ class Classifier(nn.Module):
     features may stand for inputs.
     """
 
-    def __init__(self, backbone, n_outputs, scales=None, image_size=None, pretrained=False, finetune="head"):
+    def __init__(self, backbone, n_outputs, scales=None, image_size=None, finetune="head", pretrained=False):
         super().__init__()
-        self.frozen, self.n_outputs, strides = False, n_outputs, [1]
+        self.frozen, self.n_outputs, strides = finetune == "head", n_outputs, [1]
         if backbone == "pixels":
             self.backbone, self.image_size = nn.Identity(), image_size or 224
             self.mean = self.std = (0.5,) * CHANNELS
@@ -244,23 +241,12 @@ class Classifier(nn.Module):
             blank = torch.zeros(2, CHANNELS, self.image_size, self.image_size)
             blocks = [block.shape[1] for block in self.eval().blocks_of(blank)]
         self.blocks, self.n_features = blocks, sum(blocks)
-        self.standardize = nn.BatchNorm1d(self.n_features, affine=False)
+        self.standardize = nn.BatchNorm1d(self.n_features, affine=False, momentum=None)
         self.head = nn.Linear(self.n_features, n_outputs)
         nn.init.zeros_(self.head.weight)  # every picture starts at even odds
         nn.init.zeros_(self.head.bias)
-
-    def freeze(self):
-        """Train the head alone: the backbone and the standardisation keep their state, in training mode too."""
-        self.frozen = True
-        self.backbone.requires_grad_(False)
-        return self
-
-    def train(self, mode=True):
-        super().train(mode)
         if self.frozen:
-            self.backbone.eval()
-            self.standardize.eval()
-        return self
+            self.backbone.requires_grad_(False)
 
     def fit_standardize(self, features):
         """Mean and variance of the features (N, F) of pictures.
@@ -338,16 +324,16 @@ def build_model(args, n_outputs):
 
     def build(finetune, pretrained=False):
         torch.manual_seed(args.seed)
-        model = Classifier(args.backbone, n_outputs, args.scales, args.image_size, pretrained, finetune)
-        return model.freeze() if finetune == "head" else model
+        model = Classifier(args.backbone, n_outputs, args.scales, args.image_size, finetune, pretrained)
+        return model.to(DEVICE)
 
     if args.backbone == "pixels":
-        return build("head").to(DEVICE), "no network"
+        return build("head"), "no network"
     if args.weights in ("auto", "pretrained"):
         offline_if_unreachable()
         try:
             model = build(args.finetune or "head", pretrained=True)
-            return model.to(DEVICE), f"pretrained ({timm.get_pretrained_cfg(args.backbone).hf_hub_id or args.backbone})"
+            return model, f"pretrained ({timm.get_pretrained_cfg(args.backbone).hf_hub_id or args.backbone})"
         except InputError:
             raise
         except Exception as error:  # the Hub, its cache and timm each have their own
@@ -358,8 +344,8 @@ def build_model(args, n_outputs):
     elif args.weights != "random":
         model = build(args.finetune or "head")
         load_weights(model.backbone, args.weights)
-        return model.to(DEVICE), f"file {args.weights}"
-    return build(args.finetune or "all").to(DEVICE), "random initialisation"
+        return model, f"file {args.weights}"
+    return build(args.finetune or "all"), "random initialisation"
 
 
 def load_weights(backbone, path):
@@ -392,15 +378,16 @@ def find_run(run=None):
 def load_run(run):
     """(model in eval mode, checkpoint) of a run folder; the checkpoint holds config, recipe, cohort and versions."""
     checkpoint = load_checkpoint(Path(run) / "best.pt")
-    if "profile" not in checkpoint:
-        raise InputError(f"{run}/best.pt: not a checkpoint of this train.py")
-    config = checkpoint["config"]
+    try:
+        config, checkpoint["recipe"] = checkpoint["config"], Recipe.from_text(checkpoint["recipe"])
+        checkpoint["profile"] = np.array(checkpoint["profile"])
+    except KeyError as error:
+        raise InputError(f"{run}/best.pt: not a checkpoint of this train.py, {error} is missing") from None
     scales = [f"{stride}:{grid}" for stride, grid in config["scales"]]
-    model = Classifier(config["settings"]["backbone"], config["n_outputs"], scales, config["image_size"])
+    backbone, finetune = config["settings"]["backbone"], config["finetune"]
+    model = Classifier(backbone, config["n_outputs"], scales, config["image_size"], finetune)
     model.load_state_dict(checkpoint["model"])
     model.mean, model.std = config["mean"], config["std"]  # another timm may have others
-    checkpoint["recipe"] = Recipe.from_text(checkpoint["recipe"])
-    checkpoint["profile"] = np.array(checkpoint["profile"])
     return model.to(DEVICE).eval(), checkpoint
 
 
@@ -563,7 +550,9 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             say(f"no better validation loss for {args.patience} epochs: stopped")
             break
         began = time.time()
-        model.train()
+        model.train(not model.frozen)  # a frozen backbone keeps its state
+        if not model.frozen:
+            model.standardize.reset_running_stats()  # means over this epoch: the network has moved since the last
         outputs, batches = [], batches_of(loaders["train"], epoch, args)
         for x, y in progress(batches, f"epoch {epoch}/{args.epochs}", len(loaders["train"])):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
@@ -688,7 +677,7 @@ def find_lr(model, loaders, args, run=None):
     network, rows = distributed(model), []
     for rate in progress(np.logspace(-5, 0, 21), "learning-rate range test"):
         model.load_state_dict(before, strict=False)
-        model.train()
+        model.train(not model.frozen)
         optimizer, scaler = make_optimizer(model, args, rate)
         torch.manual_seed(args.seed)
         outputs = [train_batch(network, optimizer, scaler, x, y, args) for x, y in batches]
@@ -717,13 +706,11 @@ def find_lr(model, loaders, args, run=None):
 def suggest_lr(curve, frozen):
     """(learning rate, why) of the columns lr, ascending, loss and highest of the range test.
 
-    Drops the first rate whose worst epoch exceeds the starting loss by 8 %, and all higher ones: epochs may be longer
-    than the test, and 10 % is harm. Of the others a head takes the one of lowest loss, a whole network the highest one
-    whose loss is not above the lowest by a fifth of the start.
+    Drops the first rate whose worst epoch exceeds the starting loss by 8 %, and all higher ones. Of the others a head
+    takes the one of lowest loss, a whole network the highest one within a fifth of the start above the lowest.
     """
     start = curve["highest"][0]
-    harmful = curve["highest"] > 1.08 * start
-    harmful |= curve["highest"].isna()
+    harmful = ~(curve["highest"] <= 1.08 * start)  # nan is harm, too
     if harmful.any():
         curve = curve.iloc[: harmful.argmax()]
     margin = 0 if frozen else 0.2 * start
@@ -790,6 +777,14 @@ def prepare(args, pictures, classes, recipe, store):
         raise InputError("--views and --optimizer lbfgs are for a frozen backbone: use --finetune head --views auto")
     solve = args.optimizer == "lbfgs"
     table = table_of(pictures, args)
+    n_train = (table["split"] == "train").sum()
+    if args.batch_size == "auto":
+        args.batch_size = 8 if n_train < 1000 else 32
+    if args.epochs == "auto":  # 400 steps, as few pictures make few steps an epoch
+        n_steps = math.ceil(n_train / args.batch_size / WORLD)
+        args.epochs = min(100, max(20, math.ceil(400 / n_steps)))
+    if args.patience == "auto":
+        args.patience = max(10, args.epochs // 2)
     judged_on = table["split"].isin(("train", "val") if solve else ("val",))
     facts = {
         "classes": classes,
@@ -803,6 +798,8 @@ def prepare(args, pictures, classes, recipe, store):
         "std": list(model.std),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "batch_size": args.batch_size,
+        "epochs": args.epochs,
         "chance_loss": chance_loss_of(table["label"][judged_on]),
         "pictures": table["split"].value_counts().to_dict(),
     }
@@ -957,7 +954,7 @@ def tune(args, pictures, classes, recipe, store):
     storage = args.storage or f"sqlite:///{folder}/study.db"
     name = f"{args.backbone}-{zlib.crc32(json.dumps(question).encode()):08x}"
     options = {"storage": storage, "sampler": EveryCombination(), "load_if_exists": True}
-    options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(3, args.epochs // 5))
+    options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=5)
     for attempt in range(5):
         try:
             study = optuna.create_study(study_name=name, **options)
@@ -998,11 +995,13 @@ def expand_backbones(names, params):
     return list(dict.fromkeys(chosen))
 
 
-def number_or_auto(text):
-    """Type of a flag: a number, or the word auto."""
-    if text == "auto":
-        return text
-    return int(text) if text.isdigit() else float(text)
+def or_auto(kind):
+    """Type of a flag: a number of that kind, or the word auto."""
+
+    def number(text):
+        return text if text == "auto" else kind(text)
+
+    return number
 
 
 def make_parser():
@@ -1018,10 +1017,15 @@ def make_parser():
     add("--image-size", type=count, metavar="N", help="pixels a side (default: the backbone's own)")
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=count, default=50, help="at most")
-    add("--patience", type=count, default=10, help="stop after so many without a better validation loss")
-    add("--batch-size", type=count, default=32, help="pictures a step, of each process")
-    add("--lr", type=number_or_auto, default="auto", help="learning rate, or auto: range test")
+    add("--epochs", type=or_auto(count), default="auto", help="at most; auto: for 400 steps, 20 to 100")
+    add("--patience", type=or_auto(count), default="auto", help="stop after so many without a better validation loss")
+    add(
+        "--batch-size",
+        type=or_auto(count),
+        default="auto",
+        help="pictures a step, of each process; auto: 8, from 1,000 on 32",
+    )
+    add("--lr", type=or_auto(float), default="auto", help="learning rate, or auto: range test")
     solved = "auto: lbfgs, which solves a head on stored features; else adamax"
     add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=solved)
     add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's best is cosine")
@@ -1031,7 +1035,7 @@ def make_parser():
     add("--augmentation", choices=list(AUGMENTATION), default="physical", help="how they are varied: AUGMENTATION")
     add("--warp", type=float, metavar="PERCENT", help="drift of retention (default: of the augmentation)")
     views = "frozen backbone: features of K draws of each are stored; 0: fresh draws every epoch"
-    add("--views", type=number_or_auto, default="auto", metavar="K", help=views)
+    add("--views", type=or_auto(int), default="auto", metavar="K", help=views)
     add = parser.add_argument_group("experiments").add_argument
     add("--repeats", type=count, default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
     add("--folds", type=int, default=0, metavar="K", help="cross-validation over train and val together")
@@ -1058,8 +1062,8 @@ def parse_arguments(argv=None):
             setattr(args, name, value)
     if args.lr != "auto" and args.lr <= 0:
         parser.error("--lr is above 0, or auto")
-    if args.views not in ("auto", *range(1000)) or args.workers < 0:
-        parser.error("--views and --workers are whole numbers from 0 on")
+    if args.workers < 0 or args.views != "auto" and args.views < 0:
+        parser.error("--views and --workers are from 0 on")
     if 0 < args.folds < 3:
         parser.error("--folds takes at least 3: one is held out, one chooses the epoch, the others train")
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():

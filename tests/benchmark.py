@@ -1,39 +1,57 @@
 """Speed and memory, as ratios measured in one run, so that they mean the same on any machine.
 
 python tests/benchmark.py convert                # about five minutes: a run of 140 MB, converted several times
-python tests/benchmark.py convert --repeats 3 --scans 600
 python tests/benchmark.py views                  # about five minutes: fresh views against stored features
 python tests/benchmark.py views --backbone mobileone_s3 --image-size 128
+python tests/benchmark.py pictures               # about five minutes: time and memory a picture
+python tests/benchmark.py pictures --before ../older-checkout        # about two minutes more: also as ratios to it
 """
 
 import argparse
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(os.environ.get("CHECKOUT", Path(__file__).resolve().parents[1]))  # whose code is measured, see `answer`
+sys.path.insert(0, str(ROOT))
 import convert  # noqa: E402
 import deeplcms  # noqa: E402
 
 RECIPE = deeplcms.Recipe(0.0, 20.0, 100.0, 1200.0)
 
 
-def seconds(function, *arguments):
-    start = time.perf_counter()
+def seconds(function, *arguments, clock=time.perf_counter):
+    start = clock()
     function(*arguments)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def peak_memory():
+    """Of this process, in MB (Linux; ru_maxrss would be inherited)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def script(*command):
+    """Run a script of the project as a user does; returns the last line that it printed."""
+    done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout.strip().rpartition("\n")[2]
 
 
 def row(what, figure, target=""):
-    print(f"{what:<72} {figure:>12}  {target}", flush=True)
+    print(f"{what:<80} {figure:>12}  {target}", flush=True)
 
 
 # ---------------------------------------------------------------- convert
@@ -41,11 +59,11 @@ def row(what, figure, target=""):
 
 def write_run(path, n_scans, n_peaks=4000):
     """A centroided run: zlib, m/z in 64 bits, intensity in 32; 2,400 scans make about 140 MB."""
+    from demo import write_mzml  # not at the top: it takes the present code
+
     rng = np.random.default_rng(0)
-    scans = (
-        (0.5 * i, np.sort(rng.uniform(100, 1200, n_peaks)), rng.lognormal(8, 1.5, n_peaks)) for i in range(n_scans)
-    )
-    convert.write_mzml(path, scans)
+    masses = (np.sort(rng.uniform(100, 1200, n_peaks)) for _ in range(n_scans))
+    write_mzml(path, ((0.5 * i, mz, rng.lognormal(8, 1.5, n_peaks)) for i, mz in enumerate(masses)))
 
 
 def load(path):
@@ -83,23 +101,9 @@ def article_recipe(path, png, n_bins=500):
 
 
 def convert_and_weigh(path, png):
-    """In a worker: convert one run; returns the worker's peak memory in MB (Linux)."""
+    """In a worker: convert one run; returns the worker's peak memory."""
     convert.write_pictures(path, [(png, (0, 0))], RECIPE)
-    return (
-        int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-    )  # ru_maxrss is inherited
-
-
-def seconds_with_threads(path, n):
-    """Seconds of wall and of processor time of one load in a fresh process with n OpenMP threads."""
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); import benchmark; benchmark.load(sys.argv[2]); "
-        "wall, cpu = time.perf_counter(), time.process_time(); benchmark.load(sys.argv[2]); "
-        "print(time.perf_counter() - wall, time.process_time() - cpu)"
-    )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(n)}
-    return tuple(map(float, subprocess.run(command, env=environment, capture_output=True, check=True).stdout.split()))
+    return peak_memory()
 
 
 def benchmark_convert(args):
@@ -111,18 +115,12 @@ def benchmark_convert(args):
         article_recipe(path, png)  # imports and page cache
         convert.write_pictures(path, [(png, (0, 0))], RECIPE)
 
-        times = {name: [] for name in ("load", "read", "bin", "filter", "write", "conversion", "article")}
+        times = {name: [] for name in ("load", "conversion", "article")}
         for _ in range(args.repeats):  # interleaved, so that a busy moment hits all of them
             times["load"].append(seconds(load, path))
             times["conversion"].append(seconds(convert.write_pictures, path, [(png, (0, 0))], RECIPE))
             times["article"].append(seconds(article_recipe, path, png))
-            times["read"].append(seconds(lambda: list(deeplcms.read_run(path)[1])))
-            times["bin"].append(seconds(deeplcms.histogram_of_run, path, RECIPE))
-            counts = np.random.default_rng(0).lognormal(8, 2, RECIPE.bins)
-            times["filter"].append(seconds(deeplcms.picture_of_counts, counts, RECIPE))
-        cost = {name: median(values) for name, values in times.items() if values}
-        cost["bin"] -= cost["read"]
-        cost["write"] = max(0, cost["conversion"] - cost["read"] - cost["bin"] - cost["filter"])
+        cost = {name: median(values) for name, values in times.items()}
         row("one conversion / pyopenms' load of the file", f"{cost['conversion'] / cost['load']:.2f}", "at most 1.35")
         row("the article's recipe / one conversion", f"{cost['article'] / cost['conversion']:.2f}", "at least 2.5")
 
@@ -136,24 +134,8 @@ def benchmark_convert(args):
         tasks = {run.name: (run, [(run.with_suffix(".png"), (0, 0))], RECIPE) for run in runs}
         both = seconds(lambda: list(convert.for_each(convert.write_pictures, tasks, 2, "two workers")))
         serial = sum(seconds(article_recipe, run, png) for run in runs)
-        row(
-            f"{n} files with two workers, start included, against the article's recipe",
-            f"{serial / both:.2f}",
-            "at least 3",
-        )
-
-        print("\nWhere the time of one conversion goes")
-        for name, what in (
-            ("read", "read: unpack, parse, decode, hand over scan by scan"),
-            ("bin", "bin"),
-            ("filter", "normalise, filter, colour"),
-            ("write", "write the PNG"),
-        ):
-            row(f"  {what}", f"{1000 * cost[name]:.0f} ms", f"{cost[name] / cost['conversion']:.0%}")
-        print("\nThreads of pyopenms within one file")
-        for threads in (1, os.cpu_count()):
-            wall, cpu = seconds_with_threads(path, threads)
-            row(f"  {threads} OpenMP threads: wall, processor time / wall", f"{wall:.2f} s", f"{cpu / wall:.2f}")
+        what = f"the article's recipe / conversion by two workers, start included, {n} files"
+        row(what, f"{serial / both:.2f}", "at least 3")
 
 
 # ---------------------------------------------------------------- stored features
@@ -165,11 +147,10 @@ def benchmark_views(args):
 
     import train
 
-    root, epochs, fresh_epochs = Path(train.__file__).parent, 50, 3
+    epochs, fresh_epochs = 50, 3
     with tempfile.TemporaryDirectory() as folder:
         data, weights, runs = (Path(folder) / name for name in ("demo", "weights.pt", "runs"))
-        command = [root / "convert.py", "--demo", data, "--runs", args.runs, "--augment", 9, "--bins", 128]
-        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+        script("tests/demo.py", data, "--runs", args.runs, "--augment", 9, "--bins", 128)
         torch.save(timm.create_model(args.backbone).state_dict(), weights)  # the same backbone for every seed
         flags = ["--backbone", args.backbone, "--data", data, "--weights", weights, "--out", runs]
         flags += ["--lr", "0.006", "--optimizer", "adamax"]
@@ -177,10 +158,9 @@ def benchmark_views(args):
 
         def training(*more):
             """Seconds of one command, start included."""
-            command = [sys.executable, root / "train.py", *flags, "--name", "".join(map(str, more)).strip("-"), *more]
-            return seconds(lambda: subprocess.run([*map(str, command)], check=True, capture_output=True))
+            return seconds(script, "train.py", *flags, "--name", "".join(map(str, more)).strip("-"), *more)
 
-        settings, *_ = train.trainings_of(train.parse_arguments([*map(str, flags), "--views", "4"]))
+        [settings] = train.trainings_of(train.parse_arguments([*map(str, flags), "--views", "4"]))
         pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
         n_train = (pictures["split"] == "train").sum()
         n = 4 * n_train + (~pictures["copy"] & (pictures["split"] == "val")).sum()
@@ -211,12 +191,114 @@ def benchmark_views(args):
         stored = training("--views", 4, "--epochs", epochs)
         what = f"{epochs} epochs of fresh views ({fresh_epochs} run, scaled) / of 4 stored, with extraction"
         row(what, f"{fresh / stored:.1f}", "at least 10")
-        for what, more in (
-            ("8 Optuna trials", ["--tune", 8]),
-            ("5 folds x 5 repeats", ["--folds", 5, "--repeats", 5]),
-        ):
+        for what, more in (("8 Optuna trials", ["--tune", 8]), ("5 folds x 5 repeats", ["--folds", 5, "--repeats", 5])):
             after = training("--views", 4, "--epochs", 20, *more)
             row(f"{what} of 20 epochs on stored features / one extraction", f"{after / extraction:.2f}", "below 2")
+
+
+# ---------------------------------------------------------------- time and memory a picture
+def answer(args):
+    """A process of its own with the code of CHECKOUT: for each task named on stdin its seconds of processor.
+
+    Only what has been called the same for long is used here, so that older checkouts can answer, too.
+    """
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)
+    folder, recipe = Path(args.arguments[0]), deeplcms.Recipe(0.0, 10.0, 100.0, 900.0)
+    links = folder / "test" / "a"
+    links.mkdir(parents=True)
+    pngs = [(folder / f"{i}.png", (i, 0)) for i in range(9, -1, -1)]
+    convert.write_pictures(folder.with_name("demo.mzML"), pngs, recipe)
+    for i in range(10_000):
+        (links / f"{i}.png").hardlink_to(folder / f"{i % 10}.png")
+    (folder / "samples.csv").write_text("sample_name,phenotype,split,group\n0,a,test,0\n")
+    network = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
+    settings = train.parse_arguments(["--backbone", "pixels", "--data", str(folder), "--augmentation", "physical"])
+    table = pd.DataFrame({"path": list(links.iterdir())[:50], "label": 0})
+    pictures = train.Pictures(table, train.training_transform(network, recipe, settings))
+    copies = [(png.with_suffix(".copy.png"), shift) for png, shift in pngs]
+    tasks = {
+        "draw": lambda: [pictures[i] for i in range(len(table))],
+        "find": lambda: deeplcms.find_pictures(folder, ("test",)),
+        "small": lambda: convert.write_pictures(folder.with_name("small.mzML"), copies, RECIPE),
+        "large": lambda: convert.write_pictures(folder.with_name("large.mzML"), copies, RECIPE),
+    }
+    for line in sys.stdin:
+        print(seconds(tasks[line.strip()], clock=time.process_time), flush=True)
+
+
+def benchmark_times(folder, before):
+    """Milliseconds of processor on one thread, the best of several rounds in turn, and ratios to the older checkout."""
+    from demo import write_demo_run
+
+    write_demo_run(folder / "demo.mzML", 1, 0)
+    write_run(folder / "small.mzML", 1280, 190)  # as those of faahKO
+    write_run(folder / "large.mzML", 2400)
+    sides = []
+    for name, checkout in (("now", ROOT), ("before", before)):
+        if checkout:
+            command = [sys.executable, __file__, "answer", folder / name]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            sides.append(subprocess.Popen(command, env=os.environ | {"CHECKOUT": str(checkout)}, **pipes))
+    for task, of_each, rounds, what, target in (
+        ("draw", 50, 9, "a training picture of 500 bins, read and drawn", "at most 0.33"),
+        ("small", 1, 9, "a run of 5 MB and nine copies", "at most 0.50"),
+        ("large", 1, 5, "a run of 140 MB and nine copies", ""),
+        ("find", 10_000, 1, "find_pictures, of 10,000 a picture", "at most 0.033"),
+    ):
+        best = [np.inf] * len(sides)
+        for _ in range(rounds):
+            for i, side in enumerate(sides):
+                print(task, file=side.stdin, flush=True)
+                best[i] = min(best[i], 1000 * float(side.stdout.readline()) / of_each)
+        row(f"{what}: {' / '.join(map('{:.3g}'.format, best))} ms", f"{best[0] / best[-1]:.3f}", target)
+    for side in sides:
+        side.communicate()
+
+
+def weigh(args):
+    """In a process of its own: run a script; the last line printed is the peak of memory."""
+    sys.argv = [str(ROOT / args.arguments[0]), *args.arguments[1:]]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        print(peak_memory())
+
+
+def benchmark_memory(folder):
+    """Peak memory of explain.py and evaluate.py on two data sets, and what a picture or run more adds."""
+    data = folder / "demo"
+    script("tests/demo.py", data, "--runs", 40, "--bins", 500)
+    originals = list(deeplcms.find_pictures(data)[0].itertuples())
+    for n in (200, 400, 600, 1200):  # links to the same ones
+        for i in range(n):
+            original = originals[i % len(originals)]
+            png = folder / str(n) / "test" / original.phenotype / f"{i}.png"
+            png.parent.mkdir(parents=True, exist_ok=True)
+            png.hardlink_to(original.path)
+            (folder / str(n) / f"{i}.mzML").hardlink_to(data / "raw" / f"{original.sample_name}.mzML")
+        shutil.copy(data / "samples.csv", folder / str(n))
+    for backbone, more in (("pixels", []), ("test_resnet", ["--weights", "random", "--finetune", "head"])):
+        where = ["--data", data, "--out", folder, "--name", "runs"]
+        script("train.py", "--backbone", backbone, "--views", 1, *where, *more)
+        run = folder / "runs" / backbone / "seed2643"
+        explain = ["explain.py", run, "--features", data / "features.csv", "--split", "test", "--data"]
+        evaluate, predict = (["evaluate.py", run, flag] for flag in ("--data", "--predict"))
+        for sizes, command in (((600, 1200), explain), ((200, 400), evaluate), ((200, 400), predict)):
+            few, many = (float(script(__file__, "weigh", *command, folder / str(n))) for n in sizes)
+            slope = (many - few) / (sizes[1] - sizes[0])
+            what = f"{command[0]} {command[-1]} {backbone}, {sizes[0]} and {sizes[1]}: {few:.0f} and {many:.0f} MB"
+            row(f"{what}; one more", f"{slope:.2f} MB", "at most 1 MB")
+            row("  10,000 by that slope", f"{(many + slope * (10_000 - sizes[1])) / 1024:.1f} GB", "at most 16 GB")
+
+
+def benchmark_pictures(args):
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark_times(Path(folder), args.before)
+        benchmark_memory(Path(folder))
 
 
 def main():
@@ -231,6 +313,13 @@ def main():
     command.add_argument("--image-size", type=int, default=224)
     command.add_argument("--runs", type=int, default=60, help="of the demo, each training run with 9 copies")
     command.set_defaults(function=benchmark_views)
+    command = commands.add_parser("pictures", help="time and memory a picture")
+    command.add_argument("--before", metavar="CHECKOUT", help="an older checkout, for ratios")
+    command.set_defaults(function=benchmark_pictures)
+    for name, function in (("answer", answer), ("weigh", weigh)):  # of `pictures`, in processes of their own
+        command = commands.add_parser(name)
+        command.add_argument("arguments", nargs=argparse.REMAINDER)
+        command.set_defaults(function=function)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # as in convert.py with a worker a core; for everything that is compared
     args.function(args)

@@ -124,3 +124,11 @@ def odd_files(real_runs):
     if not folder.is_dir():
         pytest.skip("no folder odd_files beside the real runs")
     return folder
+
+
+@pytest.fixture(scope="session")
+def as_written(real_runs):
+    folder = real_runs.parent / "as_written"
+    if not folder.is_dir():
+        pytest.skip("no folder as_written beside the real runs")
+    return folder

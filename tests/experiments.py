@@ -1,6 +1,6 @@
 """The tables of .github/EXPERIMENTS.md, each by one command; what is finished is not done again.
 
-    python tests/experiments.py augmentation   # or another of the functions below; --out DIR
+    python tests/experiments.py transfer   # or another of the functions below; --seeds, --weights FILE, --out DIR
 
 Three demo cohorts of 600 runs (seeds 2643, 1, 2; or --seeds): 360 for testing, 240 for training and validation ("280
 runs" with a test split of the usual size), or 34 of these ("40 runs"). Numbers are means over the cohorts, lowest and
@@ -32,17 +32,24 @@ import explain
 import train
 
 SEEDS = (2643, 1, 2)
+AXES = ["--bins", 256, "--rt-range", 0, 10, "--mz-range", 100, 900]
 SIZES = {"40 runs": "small", "280 runs": "cohort"}
-SMALL = ["--image-size", 128, "--grid", 3, "--batch-size", 8, "--epochs", 20]
-CARRIED = "runs/carried/regnetx_002/seed2643/best.pt"  # trained on a cohort with other compounds: see `cohorts`
-NETWORK = ["--backbone", "regnetx_002", "--weights", "random", *SMALL]
+LITE = ["--backbone", "tf_efficientnet_lite0", "--weights", "pretrained"]  # or --weights FILE
+SMALL = ["--finetune", "all", "--image-size", 128, "--lr", 0.01]
 MODELS = {
     "pixels": ["--backbone", "pixels"],
-    "frozen": ["--backbone", "regnetx_002", "--weights", CARRIED, "--finetune", "head", "--grid", 7],
-    "whole": [*NETWORK, "--lr", 0.01],
+    "head on several scales": LITE,
+    "last map, 1 cell": [*LITE, "--scales", "last:1"],
+    "all trained": [*LITE, *SMALL],
 }
+RANDOM = {
+    "head on several scales, random weights": [*LITE[:3], "random", "--finetune", "head"],
+    "all trained, random weights": [*LITE[:3], "random", *SMALL],
+}
+NETWORK = ["--backbone", "regnetx_002", "--weights", "random", *SMALL[:4], "--lr", 0.03]
 NONE = train.AUGMENTATION["none"]
-train.AUGMENTATION |= {
+PRESETS = train.AUGMENTATION
+PRESETS |= {
     "rotation 5 degrees": NONE | {"rotate": 5},
     "jitter 0.25": NONE | {"color_jitter": 0.25},
     "erasing up to 1 %": NONE | {"erase": 1, "erase_size": 0.01},
@@ -52,7 +59,6 @@ train.AUGMENTATION |= {
     "warp 3 %": NONE | {"warp": 3},
     "gain 0.3": NONE | {"gain": 0.3},
 }
-PHYSICAL = ["--augmentation", "physical"]
 
 
 def call(main, *arguments):
@@ -63,17 +69,14 @@ def call(main, *arguments):
 
 
 def cohorts():
-    """Write the data sets cohort<seed> and small<seed>, and train the network that is carried over."""
+    """Write the data sets cohort<seed> and small<seed>."""
     for seed in SEEDS:
         call(demo.main, f"cohort{seed}", "--seed", seed, "--runs", 600, "--test", 0.6)
         table = deeplcms.read_table(f"cohort{seed}/samples.csv")
         n = table["split"].map({"train": 13, "val": 4, "test": 1000})
         few = table[table.groupby(["split", "phenotype"]).cumcount() < n]
         few[["sample_name", "phenotype", "split"]].to_csv(f"small{seed}.csv", index=False)
-        axes = ["--bins", 256, "--rt-range", 0, 10, "--mz-range", 100, 900]
-        call(convert.main, f"cohort{seed}/raw", f"small{seed}.csv", f"small{seed}", *axes)
-    call(demo.main, "other", "--seed", 3, "--runs", 400, "--test", 0.4)
-    call(train.main, "--data", "other", "--name", "carried", *MODELS["whole"], "--workers", 0)
+        call(convert.main, f"cohort{seed}/raw", f"small{seed}.csv", f"small{seed}", *AXES)
 
 
 def run_of(data, name, flags):
@@ -114,83 +117,95 @@ def table_of(rows, columns=("accuracy", "ROC AUC")):
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 
-def augmentation():
-    for model, flags in MODELS.items():
-        names = train.AUGMENTATION if model == "pixels" else ("none", "article", "physical")
-        rows = {}
-        for name in names:
-            rows[f"{model}, {name}"] = f"{model}-{name}".replace(" ", "_"), [*flags, "--augmentation", name]
-        table_of(rows)
+def transfer():
+    """What ImageNet's weights, early maps, and training the whole network bring beside the picture itself."""
+    table_of({label: (name_of(label), flags) for label, flags in (MODELS | RANDOM).items()})
+    print("| | 40 runs: accuracy | ROC AUC | 280 runs: accuracy | ROC AUC |\n" + "| --- " * 5 + "|")
+    cells = []
+    for size in SIZES.values():  # pixels and the whole network vote
+        results = []
+        for seed in SEEDS:
+            members = [run_of(f"{size}{seed}", name_of(label), MODELS[label]) for label in ("pixels", "all trained")]
+            out = Path("runs", f"votes-{size}{seed}")
+            call(evaluate.main, *members, "--ensemble", "--out", out)
+            results.append(judged(out))
+        cells += row_of(results, ["accuracy", "ROC AUC"])
+    print(f"| votes: pixels and all trained | {' | '.join(cells)} |")
+    only_one_right()
+
+
+def name_of(label):
+    return label.replace(",", "").replace(" ", "-")
 
 
 def only_one_right():
-    """Test runs that only the pixels, or only a network, call right, all cohorts together, and the exact sign test."""
-    print("| | 40 runs: pixels, network, p | 280 runs: pixels, network, p |\n| --- | --- | --- |")
-    flags = {name: [*flags, *PHYSICAL] for name, flags in MODELS.items()}
-    for model in ("frozen", "whole"):
+    """Test runs that only the pixels, or only another model, call right, all cohorts together: exact sign test."""
+    print("| | 40 runs: pixels, model, p | 280 runs: pixels, model, p |\n| --- | --- | --- |")
+    for label in list(MODELS)[1:]:
         cells = []
-        for data in SIZES.values():
+        for size in SIZES.values():
             right = {}
-            for name in ("pixels", model):
-                runs = [run_of(f"{data}{seed}", f"{name}-physical", flags[name]) for seed in SEEDS]
+            for name in ("pixels", label):
+                runs = [run_of(f"{size}{seed}", name_of(name), MODELS[name]) for seed in SEEDS]
                 right[name] = pd.concat([pd.read_csv(run / "predictions.csv")["right"] == "yes" for run in runs])
-            pixels, network = (right["pixels"] & ~right[model]).sum(), (right[model] & ~right["pixels"]).sum()
-            cells.append(f"{pixels}, {network}, {binomtest(pixels, pixels + network).pvalue:.2g}")
-        print(f"| {model} | {' | '.join(cells)} |")
+            pixels, model = (right["pixels"] & ~right[label]).sum(), (right[label] & ~right["pixels"]).sum()
+            cells.append(f"{pixels}, {model}, {binomtest(pixels, pixels + model).pvalue:.2g}")
+        print(f"| {label} | {' | '.join(cells)} |")
+
+
+def normalize():
+    """The pixels on pictures divided by the total ion current, by the highest bin of each time, or of the run."""
+    rows = {"tic (the default)": []}
+    for other in ("rt", "global"):
+        for size in SIZES.values():
+            for seed in SEEDS:
+                table = f"{size}{seed}/samples.csv"
+                flags = [*AXES, "--normalize", other]
+                call(convert.main, f"cohort{seed}/raw", table, f"{other}-{size}{seed}", *flags)
+        rows[other] = []
+    print("| | " + " | ".join(f"{size}: accuracy | ROC AUC" for size in SIZES) + " |\n" + "| --- " * 5 + "|")
+    for label in rows:
+        cells = []
+        for size in SIZES.values():
+            prefix = "" if label.startswith("tic") else f"{label}-"
+            results = [judged(run_of(f"{prefix}{size}{seed}", "pixels", MODELS["pixels"])) for seed in SEEDS]
+            cells += row_of(results, ["accuracy", "ROC AUC"])
+        print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def augmentation():
+    flags = MODELS["pixels"]
+    table_of({name: (f"pixels-{name}".replace(" ", "_"), [*flags, "--augmentation", name]) for name in PRESETS})
+
+
+def views():
+    table_of({f"{k} draws of each": (f"pixels-views{k}", [*MODELS["pixels"], "--views", k]) for k in (1, 4, 8, 16)})
 
 
 def rates():
-    columns = ["accuracy", "validation loss", "highest training loss / ln 2"]
-    rows = {f"whole, {lr}": (f"whole-lr{lr}", [*NETWORK, "--lr", lr]) for lr in (0.003, 0.03, "auto")}
-    rows["whole, 0.01"] = "whole-physical", [*MODELS["whole"], *PHYSICAL]
-    for lr in (0.003, 0.01, 0.03, 0.1, "auto"):
-        rows[f"pixels, Adamax, {lr}"] = f"pixels-lr{lr}", [*MODELS["pixels"], "--optimizer", "adamax", "--lr", lr]
-        rows[f"frozen, Adamax, {lr}"] = f"frozen-lr{lr}", [*MODELS["frozen"], "--optimizer", "adamax", "--lr", lr]
-    rows["frozen, solved"] = "frozen-physical", [*MODELS["frozen"], *PHYSICAL]
-    rows["pixels, solved"] = "pixels-physical", [*MODELS["pixels"], *PHYSICAL]
-    table_of(rows, columns)
-
-
-def rates_over_seeds():
-    """Both networks in the loop, each cohort with several seeds of training: how low, and how shaken?"""
-    print("| | 40 runs: lowest validation loss, its standard error, highest training loss / ln 2 | 280 runs |")
-    print("| --- | --- | --- |")
-    models = {"frozen": ([*MODELS["frozen"], "--optimizer", "adamax"], 3, 3), "whole": (NETWORK, 8, 3)}
-    for model, lr in itertools.product(models, (0.01, 0.03, 0.1, "auto")):
-        flags, *n_seeds = models[model]
-        cells = []
-        for size, n in zip(SIZES.values(), n_seeds, strict=True):
-            histories = []
-            for seed in SEEDS:
-                name = f"{model}-seeds-lr{lr}-{size}{seed}"
-                more = ["--lr", lr, "--repeats", n]
-                call(train.main, "--data", f"{size}{seed}", "--name", name, "--workers", 0, *flags, *more)
-                histories += [pd.read_csv(path) for path in Path("runs", name).glob("*/seed*/epochs.csv")]
-            losses = pd.Series([history["val_loss"].min() for history in histories])
-            highest = max(history["train_loss"].max() for history in histories) / math.log(2)
-            cells.append(f"{losses.mean():.3f}, {losses.sem():.3f}, {highest:.2f}")
-        print(f"| {model}, {lr} | {' | '.join(cells)} |", flush=True)
+    rows = {f"all trained, {lr}": (f"whole-lr{lr}", [*LITE, *SMALL[:4], "--lr", lr]) for lr in (0.003, 0.03, "auto")}
+    rows["all trained, 0.01"] = name_of("all trained"), MODELS["all trained"]
+    table_of(rows, ["accuracy", "validation loss", "highest training loss / ln 2"])
 
 
 def votes():
-    """Folds of the 40 runs vote, beside one training and beside seeds."""
+    """Folds of the 40 runs vote, beside one training."""
     rows = {"one training": [], "five folds vote": ["--folds", 5], "ten folds vote": ["--folds", 10]}
-    rows["five seeds vote"] = ["--repeats", 5]
     print("| | accuracy | ROC AUC |\n| --- | --- | --- |")
-    for model, flags in MODELS.items():
-        for label, more in rows.items():
-            results = []
-            for seed in SEEDS:
-                data, name = f"small{seed}", f"{model}-{label.replace(' ', '-')}-{seed}"
-                call(train.main, "--data", data, "--name", name, "--workers", 0, *flags, *more)
-                folder = Path("runs", name, flags[1])
-                call(evaluate.main, *folder.glob("seed*"), "--out", folder / "votes", *(["--ensemble"] if more else []))
-                results.append(judged(folder / "votes"))
-            print(f"| {model}, {label} | {' | '.join(row_of(results, ['accuracy', 'ROC AUC']))} |", flush=True)
+    for label, more in rows.items():
+        results = []
+        for seed in SEEDS:
+            name = f"pixels-{name_of(label)}-{seed}"
+            flags = [*MODELS["pixels"], "--workers", 0, *more]
+            call(train.main, "--data", f"small{seed}", "--name", name, *flags)
+            folder = Path("runs", name, "pixels")
+            call(evaluate.main, *folder.glob("seed*"), "--out", folder / "votes", *(["--ensemble"] if more else []))
+            results.append(judged(folder / "votes"))
+        print(f"| pixels, {label} | {' | '.join(row_of(results, ['accuracy', 'ROC AUC']))} |", flush=True)
 
 
 def shuffled():
-    table_of({model: (f"{model}-shuffled", [*flags, "--shuffle-labels"]) for model, flags in MODELS.items()})
+    table_of({m: (name_of(f"{m}-shuffled"), [*flags, "--shuffle-labels"]) for m, flags in MODELS.items()})
 
 
 # ---------------------------------------------------------------- how evidence ranks
@@ -260,36 +275,37 @@ def ranked(run, data, drift=0.3, most=0.1):
 
 
 def ranking():
-    network = [*NETWORK, "--lr", 0.03, "--finetune", "all"]
+    """Planted against background features, by evidence of the pixels, of a network, and of one of shuffled labels."""
     models = {
-        "pixels": [*MODELS["pixels"], "--image-size", 128],
-        "network": network,
-        "network, shuffled": [*network, "--shuffle-labels"],
+        "pixels": MODELS["pixels"],
+        "network": NETWORK,
+        "network, shuffled labels": [*NETWORK, "--shuffle-labels"],
     }
     header = None
-    for kind in ("demo", "crowd"):
-        for seed in SEEDS:
-            data = cohort_of(kind, seed)
-            for model, flags in models.items():
-                row = ranked(run_of(data, model.replace(", ", "-"), [*flags, "--seed", seed]), data)
-                if header is None:
-                    header = f"| Cohort | Of | {' | '.join(row)} |"
-                    print(header + "\n| --- | --- " + "| --- " * len(row) + "|")
-                print(f"| {data} | {model} | {' | '.join(row.values())} |", flush=True)
+    for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
+        data = cohort_of(kind, seed)
+        for model, flags in models.items():
+            row = ranked(run_of(data, name_of(model), [*flags, "--seed", seed]), data)
+            if header is None:
+                header = f"| Cohort | Of | {' | '.join(row)} |"
+                print(header + "\n| --- | --- " + "| --- " * len(row) + "|")
+            print(f"| {data} | {model} | {' | '.join(row.values())} |", flush=True)
 
 
 def bins():
-    """The same runs in finer pictures: does what a picture knows of a compound grow, and the evidence with it?"""
-    print("| Cohort | Bins | Divided by | t-test of phenotypes | evidence: pixels | network |\n" + "| --- " * 6 + "|")
+    """The same runs in coarse and fine pictures, for two ways to divide; unseen cohorts with --seeds."""
+    header = "Cohort | Bins | Divided by | t-test of phenotypes | evidence, nothing taken out | evidence"
+    print(f"| {header} |\n" + "| --- " * 6 + "|")
     for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
         source = cohort_of(kind, seed)
-        for normalize, n in itertools.product(("rt", "global"), (256, 512, 1024)):
-            data = in_bins(source, seed, n, normalize)
-            models = {"pixels": [*MODELS["pixels"], "--image-size", 128]}
-            if n == 1024:
-                models["network"] = [*NETWORK, "--lr", 0.03, "--finetune", "all"]
-            rows = [ranked(run_of(data, name, [*flags, "--seed", seed]), data) for name, flags in models.items()]
-            cells = [rows[0]["t-test of phenotypes"], *[row["evidence"] for row in rows]]
+        for n, normalize in itertools.product((256, 1024), ("tic", "rt")):
+            data = Path(f"{source}-{n}-{normalize}")
+            flags = [*AXES[2:], "--bins", n, "--test", 0.15, "--seed", seed, "--normalize", normalize]
+            call(convert.main, source / "raw", source / "raw/samples.csv", data, *flags)
+            shutil.copy(source / "features.csv", data)
+            run = run_of(data, "pixels", [*MODELS["pixels"], "--seed", seed])
+            row, plain = ranked(run, data), ranked(run, data, most=0)
+            cells = [row["t-test of phenotypes"], plain["evidence"], row["evidence"]]
             print(f"| {source} | {n} | {normalize} | {' | '.join(cells)} |", flush=True)
 
 
@@ -301,32 +317,6 @@ def cohort_of(kind, seed):
     if not (folder / "samples.csv").exists():
         crowd(folder, seed)
     return folder
-
-
-def in_bins(source, seed, n, normalize="rt"):
-    """The runs of a cohort in pictures of n bins: their data set."""
-    data = Path(f"{source}-{n}" + "-global" * (normalize == "global"))
-    axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", n, "--test", 0.15, "--seed", seed]
-    call(convert.main, source / "raw", source / "raw/samples.csv", data, *axes, "--normalize", normalize)
-    shutil.copy(source / "features.csv", data)
-    return data
-
-
-def unseen():
-    """Evidence on cohorts that took no part in choosing how it is found: --seeds 3 4 5."""
-    header = "Cohort | Bins | t-test of phenotypes | pixels, nothing taken out | evidence: pixels | network"
-    print(f"| {header} |\n" + "| --- " * 6 + "|")
-    for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
-        source = cohort_of(kind, seed)
-        for n in (256, 1024):
-            data = in_bins(source, seed, n)
-            pixels = run_of(data, "pixels", [*MODELS["pixels"], "--image-size", 128, "--seed", seed])
-            row = ranked(pixels, data)
-            cells = [row["t-test of phenotypes"], ranked(pixels, data, most=0)["evidence"], row["evidence"]]
-            if n == 1024:
-                network = [*NETWORK, "--lr", 0.03, "--finetune", "all", "--seed", seed]
-                cells.append(ranked(run_of(data, "network", network), data)["evidence"])
-            print(f"| {source} | {n} | {' | '.join(cells)} |", flush=True)
 
 
 # ---------------------------------------------------------------- is heat faithful?
@@ -356,7 +346,7 @@ def seen_through(model, recipe, pictures, maps, k):
 def faithful():
     print("| Cohort | Drop, seen through the map | through the same map moved |\n| --- | --- | --- |")
     for seed in SEEDS:
-        model, checkpoint = train.load_run(run_of(f"cohort{seed}", "whole-physical", [*MODELS["whole"], *PHYSICAL]))
+        model, checkpoint = train.load_run(run_of(f"cohort{seed}", name_of("all trained"), MODELS["all trained"]))
         recipe = checkpoint["recipe"]
         table, pictures = explain.read_split(checkpoint, f"cohort{seed}", "val")
         pictures = [pictures[i] for i in np.flatnonzero(table["phenotype"] == "exposed")]
@@ -390,8 +380,8 @@ def confounded():
             pd.DataFrame(samples, columns=columns).to_csv(folder / "raw/samples.csv", index=False)
             axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", 256, "--test", 0.4]
             call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *axes)
-            for model in ("pixels", "whole"):
-                run = run_of(folder, model, MODELS[model])
+            for model in ("pixels", "all trained"):
+                run = run_of(folder, name_of(model), MODELS[model])
                 call(evaluate.main, run)
                 result = json.loads((run / "metrics.json").read_text())
                 flagged = ", ".join(f"{name} ({result['confounders'][name]['auc']:.2f})" for name in result["flagged"])
@@ -405,7 +395,7 @@ def drift():
     for seed in SEEDS:
         data = demo_of(seed)
         test = deeplcms.find_pictures(data)[0].query("split == 'test'")
-        for model, flags in {"pixels": MODELS["pixels"], "network": [*NETWORK, "--lr", 0.03]}.items():
+        for model, flags in {"pixels": MODELS["pixels"], "network": NETWORK}.items():
             run = run_of(data, f"drift-{model}", flags)
             for minutes in (0, -0.4, 0.4, 0.6):
                 folder, out = Path(f"{data}-moved{minutes}"), run / f"moved{minutes}.csv"
@@ -434,10 +424,10 @@ def demo_of(seed):
 def shuffled_folds():
     """Labels of the 40 runs dealt out anew, eight times for each cohort: metrics of all five folds together."""
     print("| | Accuracy, its standard error | ROC AUC, its standard error |\n| --- | --- | --- |")
-    for model in ("pixels", "frozen"):
+    for model in ("pixels", "head on several scales"):
         rows = []
         for seed in SEEDS:
-            name = f"{model}-shuffled-folds-{seed}"
+            name = f"{name_of(model)}-shuffled-folds-{seed}"
             more = ["--folds", 5, "--repeats", 8, "--shuffle-labels"]
             call(train.main, "--data", f"small{seed}", "--name", name, "--workers", 0, *MODELS[model], *more)
             for i in range(8):
@@ -452,30 +442,33 @@ def shuffled_folds():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = (
-        cohorts,
+        transfer,
+        normalize,
         augmentation,
-        only_one_right,
+        views,
         rates,
-        rates_over_seeds,
         votes,
         shuffled,
         ranking,
         bins,
-        unseen,
         faithful,
         confounded,
         drift,
-        shuffled_folds,
     )
+    tables += (shuffled_folds,)
     tables = {function.__name__: function for function in tables}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the cohorts")
+    parser.add_argument("--weights", metavar="FILE", help="of tf_efficientnet_lite0 (default: from the Hub)")
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")
     args = parser.parse_args()
     SEEDS = args.seeds
+    if args.weights:
+        for flags in (LITE, *MODELS.values()):
+            flags[:] = [str(Path(args.weights).resolve()) if flag == "pretrained" else flag for flag in flags]
     Path(args.out).mkdir(exist_ok=True)
     os.chdir(args.out)
     torch.set_num_threads(1)
-    if args.table not in ("cohorts", "ranking", "bins", "unseen", "confounded", "drift"):
+    if args.table not in ("ranking", "bins", "confounded", "drift"):
         cohorts()
     tables[args.table]()

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -103,9 +104,10 @@ def test_every_format_and_time_unit_gives_the_same_run(tmp_path):
     (tmp_path / "run.mzML.gz").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "run.mzXML.bz2").write_bytes(bz2.compress((tmp_path / "run.mzXML").read_bytes()))
     expected = convert.statistics_of_run(path, 0)
-    assert expected["rt_last"] == 4.0
+    assert expected.pop("polarity") == "" and expected["rt_last"] == 4.0
     for name in ("minutes.mzML", "run.mzXML", "run.mzML.gz", "run.mzXML.bz2"):
-        assert convert.statistics_of_run(tmp_path / name, 0) == pytest.approx(expected, rel=1e-5), name
+        statistics = convert.statistics_of_run(tmp_path / name, 0)
+        assert statistics.pop("polarity") == "" and statistics == pytest.approx(expected, rel=1e-5), name
 
 
 def test_ms2_is_left_out_and_time_order_and_empty_scans_do_not_matter(tmp_path):
@@ -160,7 +162,7 @@ def test_peak_at_437_min_and_mz_462175_lights_the_pixel_at_that_place(tmp_path):
 
 def test_a_png_holds_the_picture_and_shows_its_colours_in_jet(tmp_path):
     write_mzml(tmp_path / "run.mzML", random_scans(3))
-    recipe = Recipe(0, 2, 100, 300, bins=(24, 32))
+    recipe = Recipe(0, 2, 100, 300, bins=(24, 32), normalize="rt")
     convert.write_pictures(tmp_path / "run.mzML", [(tmp_path / "run.png", (0, 0))], recipe)
     picture, statistics = deeplcms.picture_of_run(tmp_path / "run.mzML", recipe)
     assert (deeplcms.read_picture(tmp_path / "run.png") == picture).all() and picture.max() == 255
@@ -251,14 +253,16 @@ def test_only_what_lies_far_from_the_training_cohort_is_warned_of():
     rng = np.random.default_rng(0)
     cohort = {"total_intensity": list(1e8 * rng.lognormal(0, 0.1, 50)), "outside": [0.0] * 50, "rt_first": [0.1] * 50}
     cohort |= {"rt_last": [10.0] * 50, "mz_low": [100.0] * 50, "mz_high": [900.0] * 50}
-    cohort |= {"rt_drift": [0.0] * 40 + [0.1] * 9 + [5.0]}
+    cohort |= {"rt_drift": [0.0] * 40 + [0.1] * 9 + [5.0], "scan_kinds": [1.0] * 50, "polarity": ["+"] * 49 + [""]}
     recipe = Recipe(0, 10, 100, 900, bins=(250, 250))
     usual = {"total_intensity": 1e8, "outside": 0.01, "rt_first": 0.2, "rt_last": 9.9}
-    usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_drift": 0.17}
-    for statistics in (usual, usual | {"total_intensity": 2e8}):
+    usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_drift": 0.17, "scan_kinds": 1, "polarity": "+"}
+    for statistics in (usual, usual | {"total_intensity": 2e8}, usual | {"polarity": ""}):
         assert deeplcms.warnings_of(statistics, cohort, recipe) == ""
     far = {"total_intensity": (1e7, 1e9, 0.0), "outside": (0.2,), "rt_first": (2.0,), "rt_last": (6.0,)}
-    far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_drift": (0.2, -0.1)}
+    far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_drift": (0.2, -0.1), "scan_kinds": (2,)}
+    other = deeplcms.warnings_of(usual | {"polarity": "-", "rt_first": 2.0}, cohort, recipe)
+    assert other.startswith("rt_first is 2 ") and other.endswith("; polarity is -, as of no training run")
     for name, values in far.items():
         for value in values:
             assert deeplcms.warnings_of(usual | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
@@ -327,6 +331,10 @@ def test_rows_of_one_group_land_in_one_split():
         ("sample_name,phenotype\na,x \nb,y\n", "row 2: phenotype 'x ' cannot be used"),
         ("sample_name,phenotype\na,x\nb,x\n", "needs runs of two phenotypes"),
         ("sample_name,phenotype\na,x\nc,y\n", "do the names match the files?"),
+        ("sample_name,phenotype\na,x,,\nb,y,,\n", "its rows have more fields than its header"),
+        ("sample_name,Phenotype,phenotype\na,x,y\nb,y,x\n", "two columns mean the same: Phenotype, phenotype"),
+        ("sample_name,phenotype\n\n,\na,x\n../b,y\n", "row 5: sample_name '../b' cannot be used"),
+        ("sample_name,phenotype\na,x\na.mzML,y\n", "named more than once: a"),
         ("sample_name,phenotype\na,x\n../b,y\n", "row 3: sample_name '../b' cannot be used"),
         ("sample,phenotype\na,x\n", "needs a column 'sample_name' (found: sample, phenotype)"),
         ("", "is no table"),
@@ -365,6 +373,218 @@ def test_wrong_usage_names_the_flag_and_is_status_2(flags, named, capsys):
     with pytest.raises(SystemExit) as end:
         convert.parse_arguments(["raw", "samples.csv", "out", *flags.split()])
     assert end.value.code == 2 and named in capsys.readouterr().err.partition("error: ")[2]
+
+
+# ---------------------------------------------------------------- files as instruments and colleagues write them
+
+
+def write_scans(path, scans):
+    """mzML of scans (seconds, m/z, intensity, what to call on the spectrum or on its settings)."""
+    experiment = pyopenms.MSExperiment()
+    for i, (seconds, mz, intensity, *calls) in enumerate(scans):
+        spectrum, settings = pyopenms.MSSpectrum(), pyopenms.InstrumentSettings()
+        spectrum.setMSLevel(1)
+        spectrum.setNativeID(f"scan={i + 1}")
+        spectrum.setRT(float(seconds))
+        spectrum.set_peaks((np.array(mz, float), np.array(intensity, np.float32)))
+        for name, value in calls:
+            getattr(settings if hasattr(settings, name) else spectrum, name)(value)
+        spectrum.setInstrumentSettings(settings)
+        experiment.addSpectrum(spectrum)
+    pyopenms.MzMLFile().store(str(path), experiment)
+    return path
+
+
+POSITIVE = ("setPolarity", pyopenms.IonSource.Polarity.POSITIVE)
+NEGATIVE = ("setPolarity", pyopenms.IonSource.Polarity.NEGATIVE)
+
+
+def window(low, high):
+    """A scan window, as a call of write_scans."""
+    scan_window = pyopenms.ScanWindow()
+    scan_window.begin, scan_window.end = low, high
+    return "setScanWindows", [scan_window]
+
+
+def statistics_of(path, **settings):
+    return deeplcms.histogram_of_run(path, Recipe(0, 10, 0, 1000, (10, 10), **settings))[1]
+
+
+def test_positive_and_negative_scans_never_share_a_picture(tmp_path):
+    scans = [(60.0 * i, [200.0 + i % 2], [10.0 + i % 2], (POSITIVE, NEGATIVE)[i % 2]) for i in range(8)]
+    both = write_scans(tmp_path / "both.mzML", scans)
+    with pytest.raises(InputError, match="^both.mzML: holds positive and negative scans; .*--polarity.*msconvert"):
+        statistics_of(both)
+    for polarity, sign, first in (("positive", "+", 0), ("negative", "-", 1)):
+        one = write_scans(tmp_path / "one.mzML", scans[first::2])
+        chosen = statistics_of(both, only_polarity=polarity)
+        assert chosen["polarity"] == sign and chosen["n_scans"] == 4 and chosen["mz_low"] == 200 + first
+        assert chosen == statistics_of(one) == statistics_of(one, only_polarity=polarity)
+    with pytest.raises(InputError, match="holds no MS1 peaks of intensity above 0 positive$"):
+        statistics_of(one, only_polarity="positive")
+    write_mzml(tmp_path / "silent.mzML", random_scans(0))  # does not say, so that it may be either
+    assert statistics_of(tmp_path / "silent.mzML", only_polarity="negative")["polarity"] == ""
+
+
+def test_the_polarity_asked_for_is_in_every_picture_and_the_one_found_in_the_table(tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = ["sample_name,phenotype,split"]
+    for i, split in enumerate(["train", "val", "test"] * 2):
+        scans = [(s, mz, h, (POSITIVE, NEGATIVE)[k % 2]) for k, (s, mz, h) in enumerate(random_scans(i, 8))]
+        write_scans(tmp_path / f"raw/r{i}.mzML", scans if i < 3 else scans[1::2])
+        rows.append(f"r{i},{'AB'[i // 3]},{split}")
+    (tmp_path / "s.csv").write_text("\n".join(rows))
+    status, line = run("convert.py", "raw", "s.csv", "out", "--bins", 20, cwd=tmp_path)
+    assert status == 1
+    command = "convert.py", "raw", "s.csv", "negative", "--bins", 20, "--polarity", "negative"
+    for _ in range(2):  # the second time from the pictures
+        assert run(*command, cwd=tmp_path) == (0, "")
+        table, recipe = deeplcms.find_pictures(tmp_path / "negative")
+        assert recipe.only_polarity == "negative" and set(table["polarity"]) == {"-"} and set(table["n_scans"]) == {"4"}
+    assert deeplcms.cohort_of(table, recipe)[1]["polarity"] == ["-"] * 6
+    assert "with only_polarity negative, not " in run(*command[:-2], cwd=tmp_path)[1]
+
+
+@pytest.mark.parametrize("mode", ["EMR", "ABSORPTION", "EMISSION"])
+def test_wavelengths_are_no_masses(tmp_path, mode):
+    light = ("setScanMode", getattr(pyopenms.InstrumentSettings.ScanMode, mode))
+    path = write_scans(tmp_path / "uv.mzML", [(0, [254.0], [1e9], light), (60, [450.0], [1.0])])
+    assert statistics_of(path) == statistics_of(write_scans(tmp_path / "ms.mzML", [(60, [450.0], [1.0])]))
+
+
+def test_what_is_no_peak_is_left_out(tmp_path):
+    scans = [(0, [0.0], [0.0]), (60, [400.0, 450.0, 460.0, 470.0], [0.0, 5.0, np.inf, np.nan])]
+    statistics = statistics_of(write_scans(tmp_path / "run.mzML", scans))
+    assert (statistics["n_peaks"], statistics["total_intensity"]) == (1, 5.0)
+    assert (statistics["mz_low"], statistics["mz_high"], statistics["rt_first"]) == (450.0, 450.0, 1.0)
+    with pytest.raises(InputError, match="holds no MS1 peaks of intensity above 0$"):
+        statistics_of(write_scans(tmp_path / "zero.mzML", scans[:1]))
+
+
+@pytest.mark.parametrize(("seconds", "mz"), [(-1, 200), (-60, 200), (60, 0), (60, -5), (60, np.inf), (60, np.nan)])
+def test_a_time_or_mass_that_cannot_be_costs_the_run_one_line(tmp_path, seconds, mz):
+    path = write_scans(tmp_path / "run.mzML", [(30, [100.0], [1.0]), (seconds, [mz], [1.0])])
+    with pytest.raises(InputError, match=f"^run.mzML: holds a scan at {seconds} s .* which cannot be$"):
+        statistics_of(path)
+
+
+def test_kinds_of_scan_are_told_apart_and_frames_and_moving_windows_are_none(tmp_path):
+    sim = ("setScanMode", pyopenms.InstrumentSettings.ScanMode.SIM)
+
+    def kinds(of_scan):
+        scans = [(10.0 * i, [200.0], [1.0], *of_scan(i)) for i in range(12)]
+        return statistics_of(write_scans(tmp_path / "run.mzML", scans))["scan_kinds"]
+
+    assert kinds(lambda i: []) == 1
+    assert kinds(lambda i: [sim] if i % 2 else []) == 2
+    assert kinds(lambda i: [window(100 + 200 * (i % 3), 300 + 200 * (i % 3))]) == 3  # BoxCar
+    assert kinds(lambda i: [window(100 + i, 300)]) == 1  # follows the data
+    assert kinds(lambda i: [("setNativeID", f"function={i % 3 + 1} process=0 scan={i}")]) == 3  # Waters
+    assert kinds(lambda i: [("setNativeID", f"sample=1 period=1 cycle={i} experiment={i % 2 + 1}")]) == 2  # Sciex
+
+
+@pytest.mark.parametrize(("term", "values", "n_kinds"), [("1001581", (-45, -60), 2), ("1002476", (1, 2, 3), 1)])
+def test_two_faims_voltages_are_two_kinds_and_frames_of_ion_mobility_are_one(tmp_path, term, values, n_kinds):
+    path = write_scans(tmp_path / "run.mzML", [(10.0 * i, [200.0], [1.0]) for i in range(12)])
+    terms = (f'<cvParam cvRef="MS" accession="MS:{term}" name="" value="{value}"' for value in 12 * values)
+    unit = ' unitCvRef="UO" unitAccession="UO:0000028" unitName="millisecond"/>'
+    start = r'<cvParam [^>]*"scan start time"[^>]*/>'
+    path.write_text(re.sub(start, lambda found: found[0] + next(terms) + unit, path.read_text()))
+    assert statistics_of(path)["scan_kinds"] == n_kinds
+
+
+def test_several_kinds_of_scan_and_odd_units_of_time_are_named_and_who_stretches_the_axes(tmp_path, capsys):
+    raw, samples = write_cohort(tmp_path, list("abcdefghij"))
+    functions = [
+        (s, mz, h, ("setNativeID", f"function={i % 2 + 1} process=0 scan={i}"))
+        for i, (s, mz, h) in enumerate(random_scans(0))
+    ]
+    write_scans(raw / "a.mzML", functions)
+    write_mzml(raw / "b.mzML", [(1000 * s, mz, h) for s, mz, h in random_scans(1)])  # milliseconds
+    write_mzml(raw / "c.mzML", [(s / 60, mz, h) for s, mz, h in random_scans(2)])  # minutes, no unit
+    write_mzml(raw / "d.mzML", [*random_scans(3), (120.0, np.array([218039.0]), np.ones(1))])
+    assert run("convert.py", raw, samples, "out", "--bins", 20, "--test", 0.2, cwd=tmp_path) == (0, "")
+    said = capsys.readouterr().out
+    assert "axes: 0.00 to 1950.00 min, m/z 100" in said
+    assert "less than half of rt_first to rt_last; those that stretch it: b\n" in said
+    assert "less than half of mz_low to mz_high; those that stretch it: d\n" in said
+    assert "is the unit of time right?: b, c\n" in said
+    assert 'msconvert --filter "scanEvent 1"' in said and "MSe and lock mass): a\n" in said
+    ordinary, samples = write_cohort(tmp_path / "ordinary", list("abcdefghij"))
+    assert run("convert.py", ordinary, samples, "out2", "--bins", 20, "--test", 0.2, cwd=tmp_path) == (0, "")
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
+def test_a_file_that_cannot_be_parsed_is_broken_somewhere_or_whole_and_of_another_kind(tmp_path, pack):
+    write_mzml(tmp_path / "run.mzML", random_scans(0, 2))
+    text = (tmp_path / "run.mzML").read_bytes()
+    path = tmp_path / ("run.mzML" + {gzip.compress: ".gz", bz2.compress: ".bz2"}.get(pack, ""))
+    lines = text.replace(b"ISO-8859-1", b"UTF-8").splitlines(keepends=True)
+    cut, latin = b"".join(lines[:5]), b"".join([lines[0], b"<!-- \xe9 -->\n", *lines[1:]])
+    reasons = {cut: "no element found: line 6, column 0", latin: r"not well-formed \(invalid token\): line 2, column 5"}
+    integers = text.replace(b'"MS:1000521" name="32-bit float"', b'"MS:1000519" name="32-bit integer"')
+    assert integers != text
+    reasons[integers] = "it is whole, but of a kind that OpenMS does not read"
+    for contents, reason in reasons.items():
+        path.write_bytes(pack(contents))
+        with pytest.raises(InputError, match=f"cannot be parsed as mzML or mzXML; .*{reason}$"):
+            statistics_of(path)
+
+
+def test_formats_of_instruments_and_lists_of_spectra_are_no_runs(tmp_path):
+    write_cohort(tmp_path, ["a", "b"])
+    for name in ("a.mzML", "b.mzML"):
+        (tmp_path / "raw" / name).rename(tmp_path / "raw" / name.replace("mzML", "raw"))
+    status, line = run("convert.py", "raw", "samples.csv", "out", cwd=tmp_path)
+    assert status == 1 and "no mzML or mzXML (found: a.raw, b.raw); msconvert makes mzML of" in line
+    (tmp_path / "list.mgf").write_text("BEGIN IONS\nPEPMASS=300\n100 1\nEND IONS\n")
+    (tmp_path / "run.d").mkdir()
+    for path in (tmp_path / "list.mgf", tmp_path / "run.d", tmp_path / "raw/a.raw"):
+        with pytest.raises(InputError, match=f"{path.name}: no mzML or mzXML; msconvert makes mzML of"):
+            statistics_of(path)
+
+
+def test_titles_and_names_of_a_sample_table_are_cleaned(tmp_path):
+    raw, _ = write_cohort(tmp_path, ["2023.05.12_a", "b.d", "c", "d", "e", "f"])
+    rows = ["Sample Name;Phenotype; Split ;Person ID"]
+    names = ["2023.05.12_a.mzML", "b.d", "c.raw", "d.MZXML.gz", "e", "f"]
+    for i, (name, split) in enumerate(zip(names, ["train", "val", "test"] * 2, strict=True)):
+        rows += [f"{name};{'AB'[i // 3]};{split};p{i}", ";;;", ""]
+    (tmp_path / "s.csv").write_text("\n".join(rows))
+    done = run("convert.py", raw, "s.csv", "out", *FAST, "--group-by", "Person ID", cwd=tmp_path)
+    assert done == (0, "")
+    table = deeplcms.read_table(tmp_path / "out/samples.csv")
+    assert table["sample_name"].tolist() == ["2023.05.12_a", "b.d", "c", "d", "e", "f"]
+    assert table["split"].tolist() == ["train", "val", "test"] * 2
+    assert table["group"].tolist() == table["person_id"].tolist() == [f"p{i}" for i in range(6)]
+
+
+def test_the_files_as_written_end_in_the_right_picture_or_in_a_line(as_written):
+    def outcome(name, **settings):
+        try:
+            return statistics_of(as_written / f"{name}.mzML", **settings)
+        except InputError as error:
+            return str(error)
+
+    plain = outcome("plain")
+    assert plain["n_peaks"] == 600 and plain["scan_kinds"] == 1
+    assert "positive and negative" in outcome("polarity_switching")
+    for polarity, mz_low in (("positive", 100.27), ("negative", 200.21)):
+        chosen = outcome("polarity_switching", only_polarity=polarity)
+        assert chosen["n_scans"] == 10 and chosen["mz_low"] == pytest.approx(mz_low, abs=0.01)
+    assert outcome("uv_beside_ms1")["mz_low"] > 400 and outcome("uv_without_ms_level")["n_peaks"] == 1
+    kinds = [
+        outcome(name)["scan_kinds"] for name in ("waters_mse_all_level_1", "waters_lock_mass", "sim_beside_full_scan")
+    ]
+    assert kinds == [3, 2, 2]
+    assert outcome("infinite_intensity")["total_intensity"] == 3000
+    assert outcome("zero_mz_zero_intensity")["mz_low"] == 450
+    assert outcome("all_intensities_zero").endswith("holds no MS1 peaks of intensity above 0")
+    assert outcome("cp1252_declared_utf8").endswith("line 5, column 44")
+    assert outcome("int32_intensities").endswith("it is whole, but of a kind that OpenMS does not read")
+    with pytest.raises(InputError, match="more fields than its header"):
+        deeplcms.read_table(as_written / "samples_rows_longer_than_header.csv")
 
 
 # ---------------------------------------------------------------- whole cohorts
@@ -421,6 +641,7 @@ def test_odd_files_end_in_a_picture_or_a_reason(odd_files):
         "chromatograms_only.mzML": "holds no MS1 peaks",
         "empty_spectra.mzML": "holds no MS1 peaks",
         "ms2_only_profile.mzML": "holds no MS1 peaks",
+        "invalid.mzML": "holds a scan at 5.1 s (-1: without a time) and m/z 0 to 14, which cannot be",
     }
     paths = list(odd_files.iterdir())
     assert {"lcms.mzML.gz", "small.mzML.bz2", "small.mzXML", "invalid.mzML"} < {path.name for path in paths}
@@ -530,7 +751,7 @@ def test_pictures_of_another_kind_in_a_data_set_are_refused(two, tmp_path, chang
     with Image.open(png) as image:
         info = PngImagePlugin.PngInfo()
         for name, text in (image.text | texts).items():
-            if text:
+            if text is not None:
                 info.add_text(name, text)
         change(image).save(png, pnginfo=info)
     with pytest.raises(InputError, match=message) as refusal:

@@ -242,7 +242,7 @@ def test_a_raw_run_is_explained_as_its_picture_is_and_other_axes_are_refused(two
     tables = {}
     (tmp_path / "raw/empty.mzML").touch()  # costs no other
     for name, source in (("png", picture), ("raw", tmp_path / "raw")):
-        flags = ["--features", data / "features.csv", "--layers", "layer1", "layer2", "--query", "average_rt_min_ < 5"]
+        flags = ["--features", data / "features.csv", "--layers", "act1", "layer1", "--query", "average_rt_min_ < 5"]
         assert run("explain.py", network, "--input", source, *flags, "--out", name, cwd=tmp_path) == (0, "")
         assert "in place of evidence stands their mean heat" in capsys.readouterr().out
         tables[name] = pd.read_csv(tmp_path / name / "features.csv")
@@ -302,6 +302,62 @@ def test_peak_lists_and_plain_tables_are_read(tmp_path):
     path.write_text("rt,mz,name\n1,2,a\nx,2,b\n")
     with pytest.raises(InputError, match="row 3: rt x is not a number"):
         explain.read_features(path, RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("row ID,row m/z,row retention time,a.mzML Peak area,\n1,300.5,5.25,9,\n", ""),  # mzmine
+        (',mz,rt,name\n0,300.5,5.25,"B, x"\n', "B, x"),  # pandas, with its index
+        ('"","","",""\n"","","","Raw"\n"Compound","m/z","Retention time (min)","a"\n"c","300.5","5.25",""\n', "c"),
+        ("rt,mz,name\n5.25,300.5,0\n6,400,\n", "0.0"),  # numbers, and one without
+        ("rt,mz,name\n5.25,300.5,7\n", "7"),
+    ],
+)
+def test_lists_of_other_programs_are_read(tmp_path, text, name):
+    (tmp_path / "features.csv").write_text(text)
+    table = explain.read_features(tmp_path / "features.csv", RECIPE)
+    assert (table.rt[0], table.mz[0], table.name[0]) == (5.25, 300.5, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rt,mz,name\n5,300,x,\n6,400,x,\n", "its rows have more fields than its header"),
+        ("rt,mz,Fold change,fold-change\n5,300,1,2\n", "two columns mean the same: Fold change, fold-change"),
+        ("Time,Mass\n5,300\n", r"no columns of retention time .*; found: time, mass"),
+        (',"mzmed","rtmed"\nFT1,300,315\n', "retention times in seconds"),  # XCMS
+    ],
+)
+def test_lists_that_cannot_be_read_end_in_one_line(tmp_path, text, message):
+    (tmp_path / "features.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as refusal:
+        explain.read_features(tmp_path / "features.csv", RECIPE)
+    assert "\n" not in str(refusal.value)
+
+
+def test_where_most_features_lie_outside_the_unit_of_time_is_asked_for(tmp_path, capsys):
+    for seconds, asked in (([5, 120, 300], True), ([5, 6, 300], False)):
+        (tmp_path / "features.csv").write_text("rt,mz\n" + "".join(f"{s},300\n" for s in seconds))
+        explain.read_features(tmp_path / "features.csv", RECIPE)
+        assert ("retention times in seconds" in capsys.readouterr().out) == asked
+
+
+def test_a_raw_run_has_its_whole_name_and_what_is_none_is_refused(two, tmp_path):
+    name = "2023.05.12_KO_1"
+    shutil.copy(next((two[0].parent / "raw").glob("user*.mzML")), tmp_path / f"{name}.mzML")
+    (tmp_path / "list.mgf").write_text("BEGIN IONS\nEND IONS\n")
+    table, pictures = explain.read_input([tmp_path / f"{name}.mzML", tmp_path / "list.mgf"], RECIPE)
+    assert table["sample_name"].tolist() == [name] and len(pictures) == 1
+    with pytest.raises(InputError, match="list.mgf: no mzML or mzXML; msconvert"):
+        explain.read_input([tmp_path / "list.mgf"], RECIPE)
+
+
+def test_numbers_as_names_go_the_whole_way(two, tmp_path):
+    (tmp_path / "features.csv").write_text("rt,mz,name\n4.37,462.175,0\n8,300,1\n")
+    flags = ["--features", tmp_path / "features.csv", "--out", tmp_path / "out"]
+    assert run("explain.py", two[1], *flags, cwd=two[0].parent) == (0, "")
+    assert pd.read_csv(tmp_path / "out/features.csv")["name"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

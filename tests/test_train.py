@@ -111,9 +111,9 @@ def test_warped_is_grid_sample_on_a_grid_shifted_along_time():
 
 def loaders_of(data, *flags):
     """(loaders, arguments) of a baseline; the label of each picture is its number."""
-    args = train.parse_arguments(["--backbone", "pixels", "--data", str(data), *flags])
+    args = train.parse_arguments(["--backbone", "pixels", "--data", str(data), "--batch-size", "8", *flags])
     pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
-    table, model = pictures.assign(label=range(len(pictures))), Classifier("pixels", 1, image_size=64).freeze()
+    table, model = pictures.assign(label=range(len(pictures))), Classifier("pixels", 1, image_size=64)
     store = train.store_features(model, table, recipe, args) if args.views else {}
     return train.make_loaders(model, table, pictures, recipe, args, store), args
 
@@ -171,18 +171,17 @@ def test_a_head_sees_the_maps_it_is_told_to_each_with_the_same_weight():
         Classifier("test_resnet", 1, ["5:1"])
 
 
-def test_a_frozen_backbone_stays_as_it_is_while_the_head_learns():
-    model = Classifier("test_resnet", 1, image_size=64).freeze().train()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    train.loss_of(model(torch.randn(4, 3, 64, 64)), torch.tensor([0, 1, 0, 1])).backward()
-    optimizer.step()
-    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
-    assert changed <= {"head.weight", "head.bias"} and changed
+def test_a_frozen_backbone_stays_as_it_is_while_the_head_learns(demo, tmp_path):
+    folder = train_in(tmp_path, demo, "--finetune", "head", "--views", 0, "--epochs", 1)
+    after = train.load_run(folder)[0].state_dict()
+    torch.manual_seed(2643)
+    before = Classifier("test_resnet", 1, image_size=64).state_dict()
+    changed = {name.partition(".")[0] for name, t in before.items() if not torch.equal(t, after[name])}
+    assert changed == {"standardize", "head"}
 
 
 def test_random_frozen_features_near_1e7_are_standardised():
-    model = Classifier("mobileone_s0", 1, image_size=64).freeze()
+    model = Classifier("mobileone_s0", 1, image_size=64)
     with torch.no_grad():
         features = model.features(torch.rand(16, 3, 64, 64))
         model.fit_standardize(features)
@@ -293,13 +292,14 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, 
     arguments += ["--finetune", finetune, "--optimizer", "adamax"]
     [args] = train.trainings_of(train.parse_arguments(arguments))
     pictures, recipe = labelled(demo, "train", "val")
-    model, loaders, _ = train.prepare(args, pictures, train.classes_of(pictures), recipe, {})
+    learn, model, _ = train.prepare(args, pictures, train.classes_of(pictures), recipe, {})
+    loaders = learn.args[1]  # of fit(model, loaders, args)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     lr = train.find_lr(model, loaders, args, tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     curve = pd.read_csv(tmp_path / "lr_find.csv")
     assert lr in curve["lr"].tolist() and len(curve) > 10
-    optimizer, scaler = train.make_optimizer(model.train(), args, curve["lr"][9])
+    optimizer, scaler = train.make_optimizer(model.train(not model.frozen), args, curve["lr"][9])
     loader = loaders["train"]
     epochs = (train.batches_of(loader, epoch, args) for epoch in itertools.count(1))  # as `fit` counts
     batches = itertools.islice(itertools.chain.from_iterable(epochs), 24)
@@ -393,7 +393,7 @@ def test_stored_features_equal_fresh_pictures_epoch_by_epoch(demo, tmp_path):
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9"])
 def test_branches_are_fused_for_extraction_alone_and_give_the_same_features(demo, name):
     pictures, recipe = labelled(demo, "val")
-    model = Classifier(name, 1, image_size=64).freeze().eval()
+    model = Classifier(name, 1, image_size=64).eval()
     transform = train.to_input(model, recipe)
     parts = len(list(model.modules()))
     [stored] = train.extract_features(model, pictures[:3], transform, 1, HERE)
@@ -472,9 +472,7 @@ def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo):
     assert run("train.py", *arguments, "--epochs", 30, "--patience", 1, cwd=demo.parent) == (0, "")
     folder = demo.parent / "runs/demo/test_resnet/seed2643-shuffled"
     settings = json.loads((folder / "config.json").read_text())["settings"]
-    assert (
-        settings["shuffle_labels"] and settings["scales"] == train.DEMO["scales"] and settings["lr"] == train.DEMO["lr"]
-    )
+    assert settings["shuffle_labels"] and settings.items() >= (train.DEMO | {"image_size": 64}).items()
     assert settings.items() >= train.AUGMENTATION["physical"].items()
     epochs = epochs_of(folder)
     assert len(epochs) == epochs["val_loss"].idxmin() + 2 < 30  # one epoch without a better loss
@@ -578,11 +576,41 @@ def test_wrong_usage_is_status_2_and_names_the_flag(flags, capsys):
     assert end.value.code == 2 and flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.fixture(scope="module")
+def transferred(tmp_path_factory):
+    """ROC AUC on 72 test runs of a network trained on 48, by its flags; with ImageNet's weights, or without."""
+    weights = os.environ.get("DEEPLCMS_WEIGHTS")
+    if not weights:
+        pytest.skip("DEEPLCMS_WEIGHTS does not name a file of ImageNet weights of tf_efficientnet_lite0")
+    folder = tmp_path_factory.mktemp("transfer")
+    assert run("demo.py", "cohort", "--runs", 120, "--bins", 128, "--test", 0.6, cwd=folder) == (0, "")
+
+    def auc_of(name, *flags):
+        flags = [weights if flag == "FILE" else flag for flag in flags]
+        arguments = ["--backbone", "tf_efficientnet_lite0", "--data", "cohort", "--name", name, "--weights", *flags]
+        assert run("train.py", *arguments, cwd=folder) == (0, "")
+        assert run("evaluate.py", f"runs/{name}/tf_efficientnet_lite0/seed2643", "--out", name, cwd=folder) == (0, "")
+        return json.loads((folder / name / "metrics.json").read_text())["metrics"]["roc_auc"]["value"]
+
+    return auc_of
+
+
+def test_early_maps_on_a_fine_grid_tell_more_than_the_last_map(transferred):
+    scales = transferred("scales", "FILE", "--image-size", 128)
+    last = transferred("last", "FILE", "--image-size", 128, "--scales", "last:1")
+    assert scales > 0.9 and scales > last + 0.08
+
+
+def test_a_network_trained_whole_starts_better_from_imagenet_than_from_random_weights(transferred):
+    flags = ["--finetune", "all", "--image-size", 64, "--lr", 0.01, "--epochs", 25]
+    assert transferred("imagenet", "FILE", *flags) > transferred("random", "random", *flags) + 0.1
+
+
 @pytest.mark.skipif("DEEPLCMS_SLOW" not in os.environ, reason="takes minutes; set DEEPLCMS_SLOW=1 to run it")
 @pytest.mark.parametrize("name", train.ARTICLE)
 def test_every_architecture_of_the_articles_table_1_trains(name):
     """Built from its name, one step forward and one backward on two pictures, at a finite loss."""
-    model = Classifier(name, 1).train()
+    model = Classifier(name, 1, finetune="all").train()
     x = torch.rand(2, 3, model.image_size, model.image_size)
     loss = train.loss_of(model(x), torch.tensor([0, 1]))
     loss.backward()
