@@ -315,8 +315,8 @@ def parse_arguments(argv=None):
     add("--bins", type=count, nargs="+", default=[500], help="one number for both axes, or time and m/z")
     add("--rt-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="minutes (default: holds every run)")
     add("--mz-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="m/z (default: holds every run)")
-    scale = "divide by the total ion current of the run, the highest bin of each retention time, or that of the run"
-    add("--normalize", choices=["tic", "rt", "global"], default="tic", help=scale)
+    scale = "divide by the run's 90th percentile, by the highest bin of each retention time, or by that of the run"
+    add("--normalize", choices=["p90", "rt", "global"], default="p90", help=scale)
     add("--min-intensity", type=float, default=0.0, help="leave weaker peaks out")
     polarity = "leave the scans of the other polarity out; without this a run of both is refused"
     add("--polarity", dest="only_polarity", choices=["positive", "negative"], default="", help=polarity)

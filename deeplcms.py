@@ -42,7 +42,7 @@ class Recipe:
     mz_min: float
     mz_max: float
     bins: tuple = (500, 500)  # of retention time, of m/z
-    normalize: str = "tic"  # divided by the run's intensity, or by the highest bin of a time ("rt") or run ("global")
+    normalize: str = "p90"  # by what a run is divided: see picture_of_counts
     min_intensity: float = 0.0  # weaker peaks are left out
     sigma: float = 2.0  # of the Gaussian filter, in bins
     colormap: str = "jet"
@@ -138,11 +138,12 @@ def sums_between(edges, mz, intensity):
 def picture_of_counts(counts, recipe):
     """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, time to the right, m/z up.
 
-    Divided by the total ion current (tic), a compound keeps its level from run to run: 255 times the mean bin is the
-    last colour in all of them. The others, the article's, end at the highest bin of each picture.
+    p90: divided by the 90th percentile of the bins that hold anything, a compound keeps its level from run to run, and
+    a few strong ones do not change it; 64 times that percentile is the last colour, in every run. The article's end at
+    the highest bin of each picture, and divide by the highest of each retention time (rt) or of the run (global).
     """
-    if recipe.normalize == "tic":
-        scale = 255 * counts.mean()
+    if recipe.normalize == "p90":
+        scale = 64 * np.quantile(counts[counts > 0], 0.9)
     elif recipe.normalize == "rt":
         scale = counts.max(axis=1, keepdims=True)
     else:
@@ -150,7 +151,7 @@ def picture_of_counts(counts, recipe):
     values = counts / np.where(scale > 0, scale, 1)
     if recipe.sigma > 0:
         values = gaussian_filter(values, recipe.sigma)
-    white = 1 if recipe.normalize == "tic" else values.max() or 1
+    white = 1 if recipe.normalize == "p90" else values.max() or 1
     values = np.log1p(255 * values / white) / np.log(256)  # weak compounds are most of the metabolome
     levels = np.minimum(256 * values, 255).astype(np.uint8)
     return np.ascontiguousarray(levels.T[::-1])

@@ -34,7 +34,7 @@ import timm
 import torch
 from matplotlib.colors import PowerNorm
 from scipy import ndimage
-from scipy.linalg import eigh
+from scipy.sparse.linalg import eigsh
 from scipy.stats import false_discovery_control, t, ttest_ind
 from torch import nn
 from torch.nn import functional as F
@@ -119,16 +119,18 @@ def resized(maps, shape):
 
 # ---------------------------------------------------------------- evidence: what goes with the calls
 def local_intensity(picture, recipe, drift):
-    """Mean log intensity (height, width) within `drift` minutes of each pixel, less that of its surroundings.
+    """Mean log intensity (height, width) within `drift` minutes of each pixel: retention differs from run to run.
 
-    Retention times differ from run to run. The surroundings are a window twenty times taller in m/z: a strong compound
-    makes all that elutes with it look weaker, as the highest bin of a time is 1.
+    Where each time was divided by its highest bin (rt), a strong compound makes all that elutes with it look weaker:
+    there the mean of a window twenty times taller in m/z is subtracted.
     """
     levels = picture / np.float32(255)
     wide = 2 * round(drift / recipe.bin_size()[0]) + 1
     high = 2 * round(max(recipe.sigma, 1) / 2) + 1
-    surroundings = ndimage.uniform_filter(levels, (20 * high + 1, wide))
-    return ndimage.uniform_filter(levels, (high, wide)) - surroundings
+    local = ndimage.uniform_filter(levels, (high, wide))
+    if recipe.normalize == "rt":
+        local -= ndimage.uniform_filter(levels, (20 * high + 1, wide))
+    return local
 
 
 def blocks_of(intensities):
@@ -150,7 +152,7 @@ def common_components(intensities, p, n=2, most=0.1):
     for _, x in blocks_of(intensities):
         x -= x.mean(axis=0)
         gram += x @ x.T
-    _, components = eigh(gram, subset_by_index=[len(p) - n, len(p) - 1])
+    _, components = eigsh(gram, k=n)
     p = p - p.mean()
     explained = (components.T @ p) ** 2 / (p @ p)
     return components[:, explained < most]

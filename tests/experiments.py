@@ -154,8 +154,8 @@ def only_one_right():
 
 
 def normalize():
-    """The pixels on pictures divided by the total ion current, by the highest bin of each time, or of the run."""
-    rows = {"tic (the default)": []}
+    """The pixels on pictures divided by their 90th percentile, by the highest bin of each time, or of the run."""
+    rows = {"p90 (the default)": []}
     for other in ("rt", "global"):
         for size in SIZES.values():
             for seed in SEEDS:
@@ -167,7 +167,7 @@ def normalize():
     for label in rows:
         cells = []
         for size in SIZES.values():
-            prefix = "" if label.startswith("tic") else f"{label}-"
+            prefix = "" if label.startswith("p90") else f"{label}-"
             results = [judged(run_of(f"{prefix}{size}{seed}", "pixels", MODELS["pixels"])) for seed in SEEDS]
             cells += row_of(results, ["accuracy", "ROC AUC"])
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
@@ -298,7 +298,7 @@ def bins():
     print(f"| {header} |\n" + "| --- " * 6 + "|")
     for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
         source = cohort_of(kind, seed)
-        for n, normalize in itertools.product((256, 1024), ("tic", "rt")):
+        for n, normalize in itertools.product((256, 1024), ("p90", "rt")):
             data = Path(f"{source}-{n}-{normalize}")
             flags = [*AXES[2:], "--bins", n, "--test", 0.15, "--seed", seed, "--normalize", normalize]
             call(convert.main, source / "raw", source / "raw/samples.csv", data, *flags)

@@ -1,6 +1,7 @@
 """explain.py: positions survive, a planted peak is found, tables are read and queried."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -214,16 +215,17 @@ def test_all_maps_of_a_figure_share_one_scale(tmp_path, monkeypatch):
     assert norms[1] is norms[3] and norms[1](2.0) == 1 and norms[1](0.02) == pytest.approx(0.1)
 
 
-def test_intensity_forgives_drift_and_what_all_masses_of_a_time_have_in_common():
-    def intensity(column, factor=1.0):
+def test_intensity_forgives_drift_and_in_rt_what_all_masses_of_a_time_have_in_common():
+    def intensity(column, normalize="p90", around=0.0):
         values = np.zeros((64, 64))
         values[20, column] = 0.4
-        values[:, column] += 0.2
-        picture = (255 * factor * values).astype(np.uint8)
-        return explain.local_intensity(picture, RECIPE, drift=1.0)[20, 30]
+        values[:, 25:35] += around
+        picture = (255 * values).astype(np.uint8)
+        return explain.local_intensity(picture, replace(RECIPE, normalize=normalize), drift=1.0)[20, 30]
 
-    assert intensity(30) == pytest.approx(intensity(32), rel=0.01) and intensity(30) > 5 * abs(intensity(45))
-    assert intensity(30, 0.5) < intensity(30)
+    assert intensity(30) == pytest.approx(intensity(32), rel=0.01) and intensity(45) == 0 < intensity(30)
+    assert intensity(30, around=0.2) > intensity(30) + 0.1
+    assert intensity(30, "rt", around=0.2) == pytest.approx(intensity(30, "rt"), abs=0.01)
 
 
 def test_the_list_for_the_instrument_ends_where_chance_begins():
