@@ -289,7 +289,7 @@ def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_pat
 def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, finetune):
     """Each rate's loss is that of 24 steps from the first weights, whatever rates were tried before it."""
     arguments = ["--backbone", "test_resnet", "--data", str(demo), *map(str, TINY)]
-    arguments += ["--finetune", finetune, "--optimizer", "adamax"]
+    arguments += ["--finetune", finetune, "--optimizer", "adamax", "--views", {"all": "0", "head": "1"}[finetune]]
     [args] = train.trainings_of(train.parse_arguments(arguments))
     pictures, recipe = labelled(demo, "train", "val")
     learn, model, _ = train.prepare(args, pictures, train.classes_of(pictures), recipe, {})
