@@ -234,9 +234,8 @@ class Classifier(nn.Module):
         default = SCALES["pixels" if backbone == "pixels" else finetune]
         default = [scale for scale in default if scale.partition(":")[0] in ("last", *map(str, strides))]
         self.scales = chosen_scales(scales or default, strides, backbone)
-        self.maps = [
-            max(i for i, s in enumerate(strides) if s == stride) - 1 for stride, _ in self.scales if stride > 1
-        ]
+        last_of = {stride: i - 1 for i, stride in enumerate(strides)}  # of several maps of one stride the last
+        self.maps = [last_of[stride] for stride, _ in self.scales if stride > 1]
         with torch.no_grad():
             blank = torch.zeros(2, CHANNELS, self.image_size, self.image_size)
             blocks = [block.shape[1] for block in self.eval().blocks_of(blank)]
@@ -290,11 +289,11 @@ def chosen_scales(scales, strides, backbone):
     chosen = {}
     for text in scales:
         stride, _, grid = text.partition(":")
-        stride = strides[-1] if stride == "last" else int(stride)
-        if stride not in strides:
+        stride = str(strides[-1]) if stride == "last" else stride
+        if stride not in map(str, strides) or not grid.isdigit() or int(grid) == 0:
             known = ", ".join(map(str, dict.fromkeys(strides)))
-            raise InputError(f"--scales {text}: the strides of {backbone} are {known}")
-        chosen[stride] = int(grid)
+            raise InputError(f"--scales {text}: the strides of {backbone} are {known}; give STRIDE:GRID")
+        chosen[int(stride)] = int(grid)
     return sorted(chosen.items())
 
 
@@ -606,7 +605,7 @@ def solve_head(model, table, pictures, args, store, run=None, report=lambda row:
     views, labels, clean, val_labels = stored(store, pictures, table)
     model.eval().fit_standardize(clean)
     with torch.no_grad():
-        x = torch.cat([model.head_inputs(part) for part in (*views, clean)])
+        x = torch.cat([model.head_inputs(part.to(DEVICE)).cpu() for part in (*views, clean)])
     z, to_weights = coordinates(x)
     n = len(labels)
     weight, bias = solved(z[:n], labels, model.n_outputs)
@@ -623,8 +622,8 @@ def solve_head(model, table, pictures, args, store, run=None, report=lambda row:
     model.head.weight.data.copy_(to_weights(weight))
     model.head.bias.data.copy_(bias)
 
-    outputs = {"train": [(train_logits.float(), labels)], "val": [(val_logits.float(), val_labels)]}
-    row = {"epoch": 1, **judged("train", outputs["train"]), **judged("val", outputs["val"])}
+    row = {"epoch": 1, **judged("train", [(train_logits.float(), labels)])}
+    row |= judged("val", [(val_logits.float(), val_labels)])
     row["seconds"] = round(time.time() - began, 2)
     history = []
     best_weights = recorded(row, "solved; validation figures are out of fold:", history, None, model, run)
@@ -1019,12 +1018,7 @@ def make_parser():
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=or_auto(count), default="auto", help="at most; auto: for 400 steps, 20 to 100")
     add("--patience", type=or_auto(count), default="auto", help="stop after so many without a better validation loss")
-    add(
-        "--batch-size",
-        type=or_auto(count),
-        default="auto",
-        help="pictures a step, of each process; auto: 8, from 1,000 on 32",
-    )
+    add("--batch-size", type=or_auto(count), default="auto", help="of each process; auto: 8, from 1,000 pictures on 32")
     add("--lr", type=or_auto(float), default="auto", help="learning rate, or auto: range test")
     solved = "auto: lbfgs, which solves a head on stored features; else adamax"
     add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=solved)

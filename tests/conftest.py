@@ -118,17 +118,19 @@ def real_runs():
     return Path(folder)
 
 
+def beside(real_runs, name):
+    """A folder of other files beside the real runs."""
+    folder = real_runs.parent / name
+    if not folder.is_dir():
+        pytest.skip(f"no folder {name} beside the real runs")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def odd_files(real_runs):
-    folder = real_runs.parent / "odd_files"
-    if not folder.is_dir():
-        pytest.skip("no folder odd_files beside the real runs")
-    return folder
+    return beside(real_runs, "odd_files")
 
 
 @pytest.fixture(scope="session")
 def as_written(real_runs):
-    folder = real_runs.parent / "as_written"
-    if not folder.is_dir():
-        pytest.skip("no folder as_written beside the real runs")
-    return folder
+    return beside(real_runs, "as_written")

@@ -556,6 +556,7 @@ def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, 
         ("--backbone test_resnet --data demo --views 3 --weights random", "--finetune head"),
         ("--backbone pixels --data demo --optimizer adam --lr 1e30 --epochs 5 --weight-decay 1e9", "--lr"),
         ("--backbone pixels --data demo --folds 30", "use fewer"),
+        ("--backbone pixels --data demo --scales fine", "--scales fine: the strides of pixels are 1; give STRIDE:GRID"),
         ("--backbone pixels --data demo --tune 1 --storage nonsense", "--storage nonsense: "),
     ],
 )
