@@ -1,7 +1,6 @@
 """Turn raw LC-MS runs into pictures on shared axes, split into training, validation and test.
 
-Article, "Creating the pseudo images" and "Image augmentation". How one run becomes one picture is in deeplcms.py; here
-is the cohort around it, its splits and its shifted copies.
+Article, "Creating the pseudo images" and "Image augmentation". How one run becomes one picture is in deeplcms.py.
 
     python convert.py raw/ samples.csv data/golestan                      # axes: the smallest box that holds every run
     python convert.py raw/ samples.csv data/golestan_1000 --bins 1000 --augment 9 --workers 8
@@ -21,6 +20,7 @@ import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from itertools import product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -42,11 +42,10 @@ NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change
 def read_samples(args):
     """The table of samples, with the columns group, path (of the raw run, nan without one) and split."""
     table, runs = read_table(args.samples, skip_blank_lines=False), find_runs(args.raw_dir)
-    table = table[table.map(str.strip).any(axis=1)].copy()  # without blank rows; the index still counts them
+    table = table[table.map(str.strip).any(axis=1)]  # without blank rows; the index still counts them
     group_by = clean_title(args.group_by or "sample_name")
     no_name = r"^$|^\s|\s$|^\.|/"  # of a file or a folder
-    patterns = {"sample_name": no_name, "phenotype": no_name}
-    patterns.setdefault(group_by, r"^\s*$")
+    patterns = {group_by: r"^\s*$", "sample_name": no_name, "phenotype": no_name}
     for column, pattern in patterns.items():
         if column not in table:
             raise InputError(f"{args.samples}: needs a column '{column}' (found: {', '.join(table)})")
@@ -54,21 +53,21 @@ def read_samples(args):
         if bad.any():
             row = bad.idxmax()
             raise InputError(f"{args.samples}, row {row + 2}: {column} {table[column][row]!r} cannot be used")
-    without = table["sample_name"].str.replace(r"(?i)\.(mzml|mzxml|raw|d|wiff)(\.gz|\.bz2)?$", "", regex=True)
-    table["sample_name"] = table["sample_name"].where(table["sample_name"].isin(runs), without)  # the extension
-    twice = table["sample_name"].duplicated()
-    if twice.any():
-        raise InputError(f"{args.samples}: named more than once: {first_few(table['sample_name'][twice])}")
+    names = table["sample_name"]
+    without = names.str.replace(r"(?i)\.(mzml|mzxml|raw|d|wiff)(\.gz|\.bz2)?$", "", regex=True)
+    names = names.where(names.isin(runs), without)  # the extension
+    twice = names[names.duplicated()]
+    if len(twice):
+        raise InputError(f"{args.samples}: named more than once: {first_few(twice)}")
     if table["phenotype"].nunique() > table["phenotype"].str.casefold().nunique():
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
+    table = table.assign(sample_name=names, path=names.map(runs))
     table["group"] = table[group_by]
-    table["path"] = table["sample_name"].map(runs)
-    present = table[table["path"].notna()]
-    absent = table["sample_name"][table["path"].isna()]
-    unknown = runs.keys() - set(table["sample_name"])
+    present = table.dropna(subset="path")
+    absent, unknown = set(names) - set(runs), set(runs) - set(names)
     print(f"{len(present)} of the {len(table)} samples have a file in {args.raw_dir}", end="")
-    print(f"; without one: {first_few(absent)}" if len(absent) else "", end="")
+    print(f"; without one: {first_few(absent)}" if absent else "", end="")
     print(f"; without a sample: {first_few(unknown)}" if unknown else "")
     if present["phenotype"].nunique() < 2:
         raise InputError(f"{args.samples}: a classifier needs runs of two phenotypes; do the names match the files?")
@@ -93,7 +92,8 @@ def assign_splits(table, test, val, seed):
     218 + 80 rows at 0.1 and 0.2 give 214 / 54 / 30. Rows of one group go together: the largest group first, to the
     split that is shortest of its phenotypes.
     """
-    sizes = table["phenotype"].value_counts().sort_index()
+    one_hot = pd.get_dummies(table["phenotype"], dtype=int)  # (row, phenotype)
+    sizes = one_hot.sum()
     n_test = share_out(sizes, test)
     n_val = share_out(sizes - n_test, val)
     wanted = pd.DataFrame({"train": sizes - n_test - n_val, "val": n_val, "test": n_test}).T  # (split, phenotype)
@@ -102,7 +102,7 @@ def assign_splits(table, test, val, seed):
     random.Random(seed).shuffle(groups)
     split = pd.Series(index=table.index, dtype=object)
     for rows in sorted(groups, key=len, reverse=True):
-        phenotypes = table["phenotype"][rows].value_counts().reindex(sizes.index, fill_value=0)
+        phenotypes = one_hot.loc[rows].sum()
         home = (missing / wanted.clip(lower=1) * phenotypes).sum(axis=1).idxmax()
         split[rows] = home
         missing.loc[home] -= phenotypes
@@ -125,22 +125,20 @@ def check_splits(table):
 # ---------------------------------------------------------------- the PNGs of one run
 def shifted(picture, rt_shift, mz_shift):
     """Copy of a picture moved by whole pixels (right, up); what it uncovers is 0, nothing wraps around."""
-    copy = Image.new("L", picture.shape[::-1])
-    copy.paste(Image.fromarray(picture), (rt_shift, -mz_shift))
-    return np.asarray(copy)
+    return np.asarray(Image.fromarray(picture).rotate(0, translate=(rt_shift, -mz_shift)))
 
 
 def draw_shifts(sample_name, n, max_shift, seed):
     """n different (rt, mz) shifts in whole pixels, never (0, 0); the draw depends on nothing but seed and name."""
-    along_rt, along_mz = (range(-most, most + 1) for most in max_shift)
-    shifts = [(rt, mz) for rt in along_rt for mz in along_mz if (rt, mz) != (0, 0)]
+    shifts = list(product(*(range(-most, most + 1) for most in max_shift)))
+    shifts.remove((0, 0))
     rng = np.random.default_rng([seed, zlib.crc32(sample_name.encode())])
     return [shifts[i] for i in rng.choice(len(shifts), n, replace=False)]
 
 
 def png_paths(out_dir, row, args):
     """[(path, (rt shift, mz shift))] of a sample's copies (training only) and, last, of its picture."""
-    folder, name = Path(out_dir) / row.split / row.phenotype, row.sample_name
+    folder, name = out_dir / row.split / row.phenotype, row.sample_name
     shifts = draw_shifts(name, args.augment, args.max_shift, args.seed) if row.split == "train" else []
     copies = [(folder / f"{name}_rt{rt:+d}_mz{mz:+d}.png", (rt, mz)) for rt, mz in shifts]
     return [*copies, (folder / f"{name}.png", (0, 0))]
@@ -180,32 +178,28 @@ def start_worker(workers):
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def pooled(function, tasks, workers):
-    """Yield (name, result or exception) of function(*arguments) for each {name: arguments}, in worker processes."""
-    context = get_context("spawn")  # a forked copy of a process with OpenMP threads can hang
-    with ProcessPoolExecutor(workers, context, start_worker, (workers,)) as pool:
-        futures = {pool.submit(function, *arguments): name for name, arguments in tasks.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.exception() or future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def for_each(function, tasks, workers, title):
-    """The same with a progress bar; and a worker that dies (a reader that crashes, no memory left) costs one task.
+    """Yield (name, result or exception) of function(*arguments) for each {name: arguments}, in worker processes.
 
-    It takes the pool with it: what was unfinished is then done one by one, which names the culprit.
+    A worker that dies (a reader that crashes, no memory left) takes the pool with it: what was unfinished is then done
+    one by one, which names the culprit.
     """
-    pools = [tasks]  # and one for each that was unfinished
+    context = get_context("spawn")  # a forked copy of a process with OpenMP threads can hang
+    rounds = [tasks]  # and one for each that was unfinished
     with tqdm(total=len(tasks), desc=title, unit="run", disable=None) as bar:
-        for pool in pools:
-            for name, result in pooled(function, pool, workers):
-                if isinstance(result, BrokenProcessPool) and len(pool) > 1:
-                    pools.append({name: tasks[name]})
-                else:
+        for unfinished in rounds:
+            pool = ProcessPoolExecutor(workers, context, start_worker, (workers,))
+            try:
+                futures = {pool.submit(function, *arguments): name for name, arguments in unfinished.items()}
+                for future in as_completed(futures):
+                    name, error = futures[future], future.exception()
+                    if isinstance(error, BrokenProcessPool) and len(unfinished) > 1:
+                        rounds.append({name: tasks[name]})
+                        continue
                     bar.update()
-                    yield name, result
+                    yield name, error or future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------- a whole data set
@@ -222,21 +216,22 @@ def find_axes(out_dir, settings, runs, args):
     if args.rt_range and args.mz_range:
         return [*args.rt_range, *args.mz_range], {}
     tasks = {name: (path, args.min_intensity, args.only_polarity) for name, path in runs.items()}
-    results = dict(for_each(statistics_of_run, tasks, args.workers, "finding axes"))
-    failures = {name: result for name, result in results.items() if isinstance(result, Exception)}
-    if len(failures) == len(runs):
+    found, failures = {}, {}
+    for name, result in for_each(statistics_of_run, tasks, args.workers, "finding axes"):
+        (failures if isinstance(result, Exception) else found)[name] = result
+    if not found:
         raise InputError(f"none of the {len(runs)} runs could be read; the first: {next(iter(failures.values()))}")
-    found = pd.DataFrame({name: result for name, result in results.items() if name not in failures}).T
+    found = pd.DataFrame.from_dict(found, orient="index")
     axes = []
     for given, first, last in ((args.rt_range, "rt_first", "rt_last"), (args.mz_range, "mz_low", "mz_high")):
         low, high = given or (float(found[first].min()), float(found[last].max()))
-        margin = 0.5 if low == high else 0.0  # one scan or one m/z: as numpy.histogram2d does
-        axes += [low - margin, high + margin]
-        ends = found[[first, last]].astype(float)  # (run, 2)
-        if not given and (ends[last] - ends[first] < (high - low) / 2).mean() > 0.5:
-            away = (ends - ends.median()).abs().max(axis=1)
-            far = first_few(away.index[away >= away.max() / 2])
-            print(f"warning: most runs cover less than half of {first} to {last}; those that stretch it: {far}")
+        if low == high:  # one scan or one m/z: as numpy.histogram2d does
+            low, high = low - 0.5, high + 0.5
+        axes += [low, high]
+        covered = (found[last] - found[first]) / (high - low)
+        if not given and (covered < 0.5).mean() > 0.5:
+            widest = first_few(covered.index[covered >= covered.max() / 2])
+            print(f"warning: most runs cover less than half of {first} to {last}; those that stretch it: {widest}")
     print("axes: {:.2f} to {:.2f} min, m/z {:.2f} to {:.2f}".format(*axes))
     return axes, failures
 
@@ -244,27 +239,25 @@ def find_axes(out_dir, settings, runs, args):
 def convert(args):
     """Convert the runs of args.raw_dir listed in args.samples into args.out_dir; returns the exit status."""
     out_dir, table = Path(args.out_dir), read_samples(args)
-    present = table[table["path"].notna()].set_index("sample_name", drop=False)
+    present = table.dropna(subset="path").set_index("sample_name", drop=False)
     folders = present["split"] + "/" + present["phenotype"]
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings["samples"] = folders.to_dict()
     axes, failures = find_axes(out_dir, settings, present["path"].to_dict(), args)
     of_picture = {name: value for name, value in settings.items() if name in Recipe.__annotations__}
     recipe = Recipe(*axes, **of_picture | {"bins": tuple(args.bins)})
-    for folder in folders.unique():
-        (out_dir / folder).mkdir(parents=True, exist_ok=True)
     for leftover in out_dir.glob("*/*/.*.tmp.png"):  # of a command that was killed
         leftover.unlink()
-    write_json(out_dir / "settings.json", settings | {"axes": axes})
 
     statistics, tasks = {}, {}
     for row in present.itertuples():
         pngs = png_paths(out_dir, row, args)
+        pngs[0][0].parent.mkdir(parents=True, exist_ok=True)
         if all(png.exists() for png, _ in pngs):
-            text, _ = read_header(pngs[-1][0])
-            statistics[row.sample_name] = {name: text.get(name) for name in FOUND}
+            statistics[row.sample_name], _ = read_header(pngs[-1][0])
         elif row.sample_name not in failures:
             tasks[row.sample_name] = (row.path, pngs, recipe)
+    write_json(out_dir / "settings.json", settings | {"axes": axes})
     if statistics:
         print(f"{len(statistics)} of {len(present)} runs are already converted in {out_dir}; its axes stay as they are")
     for name, result in for_each(write_pictures, tasks, args.workers, "converting"):
@@ -310,6 +303,7 @@ def parse_arguments(argv=None):
     add("raw_dir", help="folder of <sample_name>.mzML or .mzXML, packed (.gz, .bz2) or not")
     add("samples", metavar="samples.csv", help="table with sample_name, phenotype and, if you like, split")
     add("out_dir", help="folder for the pictures")
+    add("--workers", type=count, default=os.cpu_count(), help="processes, each with one file at a time")
     # A flag that is a setting of the picture has the name of its field in Recipe, and goes there by itself.
     add = parser.add_argument_group("picture").add_argument
     add("--bins", type=count, nargs="+", default=[500], help="one number for both axes, or time and m/z")
@@ -331,8 +325,6 @@ def parse_arguments(argv=None):
     add("--val", type=float, default=0.2, help="share of the other runs for validation")
     add("--group-by", metavar="COLUMN", help="rows that share this column's value stay in one split")
     add("--seed", type=int, default=2643, help="of splits and shifts")
-    workers = "processes, each with one file at a time"
-    parser.add_argument("--workers", type=count, default=os.cpu_count(), help=workers)
     args = parser.parse_args(argv)
 
     if max(len(args.bins), len(args.max_shift)) > 2:

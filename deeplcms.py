@@ -1,9 +1,8 @@
 """What a picture is, and the few things that all scripts share. Read this file first.
 
 Article, "Creating the pseudo images": a raw LC-MS run becomes a picture, x retention time, y m/z, colour log intensity.
-`picture_of_run` is that recipe, `Recipe` its settings, which every PNG and every checkpoint carries. `find_pictures`
-is the table of a data set; `label_of` and `metrics_of` say what is learned and how well. No command of its own, and no
-torch: this is all that a worker of convert.py loads.
+`picture_of_run` is that recipe, `Recipe` its settings. It has no command of its own and needs no torch: a worker of
+convert.py loads nothing else.
 """
 
 import argparse
@@ -13,7 +12,7 @@ import re
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from xml.parsers import expat
 
@@ -27,8 +26,7 @@ from scipy.stats import rankdata
 
 SPLITS = ("train", "val", "test")
 RUN = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
-# What is known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint;
-# beside these numbers its polarity, "+" or "-" or, where the file does not say, "".
+# The numbers known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint.
 STATISTICS = "n_scans scan_kinds n_peaks total_intensity outside rt_first rt_last mz_low mz_high".split()
 
 
@@ -50,25 +48,24 @@ class Recipe:
 
     def to_text(self):
         """The recipe as the text chunks of a PNG; str keeps every digit of the axes."""
-        text = {name: str(value) for name, value in asdict(self).items()}
+        text = {name: str(value) for name, value in vars(self).items()}
         return text | {"bins": "{} {}".format(*self.bins)}
 
     @classmethod
     def from_text(cls, text):
         """The recipe in the text chunks of a PNG or in a checkpoint; KeyError where a setting is missing."""
         read = {tuple: lambda t: tuple(map(int, t.split())), bool: lambda t: t == "True"}
-        read |= {int: int, float: float, str: str}
-        return cls(**{field.name: read[field.type](text[field.name]) for field in fields(cls)})
+        return cls(**{field.name: read.get(field.type, field.type)(text[field.name]) for field in fields(cls)})
 
     def to_fraction(self, rt, mz):
         """Minutes and m/z -> fraction of the picture from the left and from the top: it survives every resize."""
-        x = (np.asarray(rt) - self.rt_min) / (self.rt_max - self.rt_min)
-        return x, 1 - (np.asarray(mz) - self.mz_min) / (self.mz_max - self.mz_min)
+        x = (rt - self.rt_min) / (self.rt_max - self.rt_min)
+        return x, 1 - (mz - self.mz_min) / (self.mz_max - self.mz_min)
 
     def from_fraction(self, x, y):
         """Fraction of the picture from the left and from the top -> minutes and m/z."""
-        rt = self.rt_min + np.asarray(x) * (self.rt_max - self.rt_min)
-        return rt, self.mz_min + (1 - np.asarray(y)) * (self.mz_max - self.mz_min)
+        rt = self.rt_min + x * (self.rt_max - self.rt_min)
+        return rt, self.mz_min + (1 - y) * (self.mz_max - self.mz_min)
 
     def bin_size(self):
         """Minutes and m/z of one bin."""
@@ -92,14 +89,11 @@ def histogram_of_run(path, recipe):
     """
     rt_edges = np.linspace(recipe.rt_min, recipe.rt_max, recipe.bins[0] + 1)
     mz_edges = np.linspace(recipe.mz_min, recipe.mz_max, recipe.bins[1] + 1)
+    mz_edges[-1] = np.nextafter(recipe.mz_max, np.inf)  # the last bin includes its right edge
     counts = np.zeros(recipe.bins)  # (n_rt, n_mz)
-    n_scans, n_peaks, total = 0, 0, 0.0
-    rts, mzs = [], []
     said, scans = read_run(path, recipe.min_intensity, recipe.only_polarity)
+    n_peaks, total, rts, mzs = 0, 0.0, [], []
     for rt, mz, intensity in scans:
-        n_scans += 1
-        if len(mz) == 0:
-            continue
         if not (0 <= rt < np.inf and mz[0] > 0 and np.isfinite(mz.sum())):
             place = f"{60 * rt:g} s (-1: without a time) and m/z {mz[0]:g} to {mz[-1]:g}"
             raise InputError(f"{path.name}: holds a scan at {place}, which cannot be")
@@ -107,51 +101,35 @@ def histogram_of_run(path, recipe):
         total += intensity.sum(dtype=np.float64)
         rts.append(rt)
         mzs += [mz[0], mz[-1]]
-        column = np.searchsorted(rt_edges, rt, side="right") - 1
-        if rt == rt_edges[-1]:
-            column -= 1  # the last bin includes its right edge
-        if 0 <= column < len(counts):
-            counts[column] += sums_between(mz_edges, mz, intensity)
+        if recipe.rt_min <= rt <= recipe.rt_max:
+            column = np.searchsorted(rt_edges[:-1], rt, side="right") - 1
+            # The m/z ascend, so the peaks of a bin are neighbours: one search an edge instead of one a peak.
+            below = np.append(0.0, intensity.cumsum(dtype=np.float64))  # intensity before each peak, and of all
+            counts[column] += np.diff(below[np.searchsorted(mz, mz_edges)])
     if n_peaks == 0:
         least = f"{recipe.min_intensity:g} or more" if recipe.min_intensity else "above 0"
         raise InputError(f"{path.name}: holds no MS1 peaks of intensity {least} {recipe.only_polarity}".rstrip())
-    statistics = {"n_scans": n_scans, "n_peaks": n_peaks, "total_intensity": total}
+    statistics = {"n_peaks": n_peaks, "total_intensity": total, "outside": max(0.0, 1 - counts.sum() / total)}
     statistics |= {"rt_first": min(rts), "rt_last": max(rts), "mz_low": min(mzs), "mz_high": max(mzs)}
-    statistics["outside"] = max(0.0, 1 - counts.sum() / total)
-    return counts, statistics | said
-
-
-def sums_between(edges, mz, intensity):
-    """Intensity (n,) of one scan summed between neighbouring edges of m/z (n_mz + 1,); the m/z (n,) ascend.
-
-    So the peaks of a bin are a slice, found by one search an edge instead of one a peak.
-    """
-    starts = np.searchsorted(mz, edges)
-    starts[-1] = np.searchsorted(mz, edges[-1], side="right")  # the last bin includes its right edge
-    padded = np.append(intensity, 0.0)  # a slice may start behind the last peak; and the sums are float64
-    sums = np.add.reduceat(padded, starts)[:-1]
-    empty = starts[:-1] == starts[1:]
-    sums[empty] = 0  # reduceat gives an empty slice its first element
-    return sums
+    return counts, said | statistics
 
 
 def picture_of_counts(counts, recipe):
     """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, time to the right, m/z up.
 
-    p90: divided by the 90th percentile of the bins that hold anything, a compound keeps its level from run to run, and
-    a few strong ones do not change it; 64 times that percentile is the last colour, in every run. The article's end at
-    the highest bin of each picture, and divide by the highest of each retention time (rt) or of the run (global).
+    p90: divided by the 90th percentile of the bins that hold anything, a compound keeps its level whatever elutes
+    beside it; 64 times that percentile is the last colour, in every run. The article divides by the highest bin of each
+    retention time (rt) or of the run (global), and its last colour is the highest value of the picture.
     """
     if recipe.normalize == "p90":
         scale = 64 * np.quantile(counts[counts > 0], 0.9)
     elif recipe.normalize == "rt":
         scale = counts.max(axis=1, keepdims=True)
+        scale[scale == 0] = 1
     else:
         scale = counts.max()
-    values = counts / np.where(scale > 0, scale, 1)
-    if recipe.sigma > 0:
-        values = gaussian_filter(values, recipe.sigma)
-    white = 1 if recipe.normalize == "p90" else values.max() or 1
+    values = gaussian_filter(counts / scale, recipe.sigma)
+    white = 1 if recipe.normalize == "p90" else values.max()
     values = np.log1p(255 * values / white) / np.log(256)  # weak compounds are most of the metabolome
     levels = np.minimum(256 * values, 255).astype(np.uint8)
     return np.ascontiguousarray(levels.T[::-1])
@@ -164,10 +142,11 @@ def colours(picture, colormap):
 
 
 def read_run(path, min_intensity=0.0, only_polarity=""):
-    """What a run says of itself (polarity, scan_kinds, start_time), and an iterator over its MS1 scans.
+    """What a run says of itself, and an iterator over its MS1 scans (retention time in minutes, m/z, intensity).
 
-    A scan is (retention time in minutes, m/z ascending, intensity). pyopenms tells mzML from mzXML, unpacks .gz and
-    .bz2 and knows the time's unit. For another instrument's format, ion mobility or MS2, change this function alone.
+    It says its polarity ("+", "-" or, unknown, ""), n_scans, scan_kinds and, if known, start_time. pyopenms tells mzML
+    from mzXML, unpacks .gz and .bz2, knows the time's unit and sorts the m/z. For another instrument's format, ion
+    mobility or MS2, change this function alone.
     """
     import pyopenms  # not at the top: --help need not wait for it
 
@@ -191,15 +170,16 @@ def read_run(path, min_intensity=0.0, only_polarity=""):
             reason = f"damaged, cut off, or in another encoding than it declares? {first_line(error)}"
         raise InputError(f"{path.name}: cannot be parsed as mzML or mzXML; {reason}") from None
 
-    other = {"positive": "NEGATIVE", "negative": "POSITIVE"}.get(only_polarity)
+    unwanted = {"positive": "-", "negative": "+"}.get(only_polarity)
     taken, polarities, kinds = [], set(), Counter()
     for i, spectrum in enumerate(experiment):
         settings = spectrum.getInstrumentSettings()
-        mode, polarity = settings.getScanMode().name, settings.getPolarity().name
-        if mode in ("EMR", "ABSORPTION", "EMISSION") or polarity == other:
+        mode = settings.getScanMode().name
+        polarity = {"POSITIVE": "+", "NEGATIVE": "-"}.get(settings.getPolarity().name, "")
+        if mode in ("EMR", "ABSORPTION", "EMISSION") or polarity == unwanted:
             continue  # wavelengths are no masses
         taken.append(i)
-        polarities.add({"POSITIVE": "+", "NEGATIVE": "-"}.get(polarity, ""))
+        polarities.add(polarity)
         # Full scans, SIM, BoxCar, lock mass or MSe; frames of ion mobility have a drift time, too, but are one kind.
         function = re.findall(r"function=\d+|experiment=\d+", spectrum.getNativeID())  # Waters, Sciex
         windows = [(window.begin, window.end) for window in settings.getScanWindows()]
@@ -208,21 +188,21 @@ def read_run(path, min_intensity=0.0, only_polarity=""):
     if polarities >= {"+", "-"}:
         way = 'take one with convert.py --polarity, or with msconvert --filter "polarity positive"'
         raise InputError(f"{path.name}: holds positive and negative scans; {way}")
-    recurring = [kind for kind, n in kinds.items() if n > 1]  # windows may follow the data of each scan
-    said = {"polarity": "".join(sorted(polarities)), "scan_kinds": len(recurring) or 1}
-
-    def scans():
-        for i in taken:
-            spectrum = experiment[i]
-            if not spectrum.isSorted():
-                spectrum.sortByPosition()
-            mz, intensity = spectrum.get_peaks()
-            strong = (intensity > 0) & (intensity >= min_intensity) & (intensity < np.inf)
-            yield spectrum.getRT() / 60, mz[strong], intensity[strong]
+    recurring = sum(n > 1 for n in kinds.values())  # windows may follow the data of each scan
+    said = {"polarity": "".join(sorted(polarities)), "n_scans": len(taken), "scan_kinds": max(recurring, 1)}
 
     started = experiment.getDateTime()
     if started.isValid():
         said["start_time"] = started.get()  # YYYY-MM-DD hh:mm:ss
+
+    def scans():
+        for i in taken:
+            spectrum = experiment[i]
+            mz, intensity = spectrum.get_peaks()
+            strong = (intensity > 0) & (intensity >= min_intensity) & (intensity < np.inf)
+            if strong.any():
+                yield spectrum.getRT() / 60, mz[strong], intensity[strong]
+
     return said, scans()
 
 
@@ -246,38 +226,36 @@ def profile_of(picture):
 
 
 def drift_of(profile, typical, recipe):
-    """Minutes, a tenth of the axis at most, by which a profile (n_rt,) lies later than the typical one.
+    """Minutes by which a profile (n_rt,) lies later than the typical one, a tenth of the axis at most.
 
-    It is the lag at which the middle of the typical profile correlates best with what lies there in this one.
+    At this lag the middle of the typical profile correlates best with this one.
     """
     n, most = len(profile), len(profile) // 10
     windows = np.lib.stride_tricks.sliding_window_view(profile, n - 2 * most)  # row `most` has no lag
-    windows = windows - windows.mean(axis=1, keepdims=True)
-    middle = typical[most : n - most] - typical[most : n - most].mean()
-    likeness = windows @ middle / np.maximum(np.linalg.norm(windows, axis=1), 1e-12)
-    best = likeness.argmax()
-    lag = best - most if likeness[best] > likeness[most] + 1e-6 else 0
-    return float(lag * recipe.bin_size()[0])
+    windows = windows - windows.mean(axis=1, keepdims=True)  # so that the typical one need not have mean 0
+    likeness = windows @ typical[most : n - most] / np.maximum(np.linalg.norm(windows, axis=1), 1e-12)
+    likeness[most] += 1e-6  # of equals, no lag
+    return float((likeness.argmax() - most) * recipe.bin_size()[0])
 
 
 def cohort_of(pictures, recipe):
     """(typical profile (n_rt,), {statistic: a value a run}) of training pictures, the rows of find_pictures."""
     profiles = [np.array(text.split(), float) for text in pictures["profile"]]
     typical = np.mean(profiles, axis=0)
-    cohort = {name: pictures[name].astype(float).tolist() for name in STATISTICS}
+    cohort = pictures[STATISTICS].astype(float).to_dict("list")
     cohort["polarity"] = pictures["polarity"].tolist()
-    return typical, cohort | {"rt_drift": [drift_of(profile, typical, recipe) for profile in profiles]}
+    cohort["rt_drift"] = [drift_of(profile, typical, recipe) for profile in profiles]
+    return typical, cohort
 
 
 def warnings_of(statistics, cohort, recipe):
     """What lies far beyond nine of ten training runs in the statistics of a new run, as one line; '' if nothing does.
 
-    Far is a factor of three of total intensity, a tenth of the axis for its ends, 0.05 for the share of intensity
-    outside the axes, two bins of drift: a small cohort of one batch varies less than instruments do.
+    The margins are wide, as a small cohort of one batch varies less than instruments do.
     """
     cohort = pd.DataFrame(cohort)
     low, high = (cohort.quantile(share, numeric_only=True) for share in (0.05, 0.95))
-    rt = 0.1 * (high["rt_last"] - low["rt_first"])
+    rt = 0.1 * (high["rt_last"] - low["rt_first"])  # a tenth of the axis
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
     margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz, "scan_kinds": 0}
     margins["rt_drift"] = 2 * recipe.bin_size()[0]
@@ -306,7 +284,7 @@ def find_runs(folder):
 
 
 def is_run(path):
-    return RUN.fullmatch(path.name) is not None
+    return RUN.fullmatch(path.name)
 
 
 def files_of(paths):
@@ -320,7 +298,7 @@ def files_of(paths):
 def find_pictures(data_dir, splits=SPLITS):
     """Table of the pictures of a data set, a row each, and the Recipe that all of them share; reads no pixels.
 
-    Columns: path, split, phenotype, sample_name, copy (a shifted one?), profile (text), and those of samples.csv.
+    Its columns are path, split, phenotype, sample_name, copy (is it shifted?), profile, and those of samples.csv.
     """
     data_dir, rows, expected = Path(data_dir), [], None
     if not (data_dir / "samples.csv").is_file():
@@ -333,17 +311,17 @@ def find_pictures(data_dir, splits=SPLITS):
             text, recipe = read_header(path)
             expected = expected or recipe
             check_recipe(recipe, expected, path)
-            copy, phenotype = text["shift"] != "0 0", path.parent.name
-            rows.append((path, split, phenotype, text["sample_name"], copy, text["profile"]))
-    table = pd.DataFrame(rows, columns=["path", "split", "phenotype", "sample_name", "copy", "profile"])
+            row = {"path": path, "split": split, "phenotype": path.parent.name, "sample_name": text["sample_name"]}
+            rows.append(row | {"copy": text["shift"] != "0 0", "profile": text["profile"]})
+    table = pd.DataFrame(rows)
     samples = read_table(data_dir / "samples.csv").drop(columns=table.columns.drop("sample_name"), errors="ignore")
     return table.merge(samples, on="sample_name", how="left"), expected
 
 
 def check_recipe(recipe, expected, path):
     """Refuse pictures of another kind: on other axes the same pixel is another compound."""
-    if recipe != expected:
-        other = "{} is {}, not {}".format(*first_difference(asdict(recipe), asdict(expected)))
+    if differing := first_difference(vars(recipe), vars(expected)):
+        other = "{} is {}, not {}".format(*differing)
         raise InputError(f"{path}: another kind of picture than the others or the run's: {other}")
 
 
@@ -372,13 +350,10 @@ def label_of(pictures, classes):
 
 
 def probabilities_of(logits):
-    """Logits (N, 1) of class 1, or (N, K), -> probability of each class (N, 2 or K).
-
-    A logarithm of probabilities (N, K) may stand for logits: the softmax of log p is p.
-    """
+    """Logits (N, 1) of class 1, or (N, K), -> probability of each class (N, 2 or K); log p (N, K) gives p again."""
     logits = np.asarray(logits, float)
     if logits.shape[1] == 1:
-        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+        logits = np.hstack([np.zeros_like(logits), logits])
     return softmax(logits, axis=1)
 
 
@@ -400,40 +375,33 @@ def metrics_of(labels, logits, threshold=0.5):
     """{name: value} of logits (N, 1 or K); nan where undefined. Two classes: of class 1; more: means over them.
 
     A name here is a column of epochs.csv and a line of every table; the first three are shown while training.
-    Specificity is the share of all others that are not called the class.
     """
     probabilities = probabilities_of(logits)
     n_classes = probabilities.shape[1]
     confusion = confusion_of(labels, called_class(probabilities, threshold), n_classes)
     hits, actual, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    with np.errstate(invalid="ignore"):
-        recall = hits / actual
-        precision = hits / called
-        f1 = 2 * hits / (actual + called)
-        specificity = 1 - (called - hits) / (len(labels) - actual)
-    auc = np.array([roc_auc(labels == k, probabilities[:, k]) for k in range(n_classes)])
-    squared_error = ((probabilities - np.eye(n_classes)[labels]) ** 2).sum(1).mean()
     shown = [1] if n_classes == 2 else range(n_classes)
-    return {
-        "accuracy": hits.sum() / len(labels),
-        "f1": f1[shown].mean(),
-        "roc_auc": auc[shown].mean(),
-        "balanced_accuracy": recall.mean(),
-        "precision": precision[shown].mean(),
-        "recall": recall[shown].mean(),
-        "specificity": specificity[shown].mean(),
-        "brier": squared_error / 2 if n_classes == 2 else squared_error,
-    }
+    squared_error = ((probabilities - np.eye(n_classes)[labels]) ** 2).sum(1).mean()
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        return {
+            "accuracy": hits.sum() / len(labels),
+            "f1": (2 * hits / (actual + called))[shown].mean(),
+            "roc_auc": np.mean([roc_auc(labels == k, probabilities[:, k]) for k in shown]),
+            "balanced_accuracy": (hits / actual).mean(),
+            "precision": (hits / called)[shown].mean(),
+            "recall": (hits / actual)[shown].mean(),
+            "specificity": (1 - (called - hits) / (len(labels) - actual))[shown].mean(),
+            "brier": squared_error / 2 if n_classes == 2 else squared_error,
+        }
 
 
 def roc_auc(positive, score):
     """Chance that a positive scores above a negative, ties counting half (Mann-Whitney); nan with one class only."""
     n_positive = positive.sum()
     n_negative = len(positive) - n_positive
-    if n_positive == 0 or n_negative == 0:
-        return np.nan
     least = n_positive * (n_positive + 1) / 2  # sum of their ranks if all positives came last
-    return (rankdata(score)[positive].sum() - least) / (n_positive * n_negative)
+    with np.errstate(invalid="ignore"):
+        return (rankdata(score)[positive].sum() - least) / (n_positive * n_negative)
 
 
 # ---------------------------------------------------------------- files and command lines
@@ -501,7 +469,7 @@ def read_table(path, skiprows=0, **options):
         table = pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
     except (ValueError, IndexError, OSError) as error:  # of pandas, too: ragged lines, no columns, not UTF-8
         raise InputError(f"{path}: is no table of text ({first_line(error)})") from None
-    if not table.index.equals(pd.RangeIndex(len(table))):  # pandas took the first fields for names of the rows
+    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first fields for names of the rows
         raise InputError(f"{path}: its rows have more fields than its header; name each column, or delete empty ones")
     titles = table.columns.map(clean_title)
     if titles.has_duplicates:
@@ -519,7 +487,6 @@ def first_difference(before, now):
     for name, value in now.items():
         if before.get(name) != value:
             return name, before.get(name), value
-    return None
 
 
 def first_line(error):
@@ -527,7 +494,7 @@ def first_line(error):
     return str(error).strip().partition("\n")[0][:150] or type(error).__name__
 
 
-def first_few(names, n=5):
-    """'a, b, c and 7 more'"""
+def first_few(names):
+    """'a, b, c, d, e and 7 more'"""
     names = sorted(map(str, names))
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
