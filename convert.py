@@ -34,7 +34,6 @@ from deeplcms import SPLITS, STATISTICS, Help, InputError, Recipe, clean_title, 
 from deeplcms import first_difference, histogram_of_run, picture_of_run, profile_of, read_header, read_table, run_script
 from deeplcms import whole_file, write_json, write_table
 
-FOUND = [*STATISTICS, "polarity", "start_time"]  # in every run, and where it says so when it was started
 NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change no picture
 
 
@@ -56,9 +55,8 @@ def read_samples(args):
     names = table["sample_name"]
     without = names.str.replace(r"(?i)\.(mzml|mzxml|raw|d|wiff)(\.gz|\.bz2)?$", "", regex=True)
     names = names.where(names.isin(runs), without)  # the extension
-    twice = names[names.duplicated()]
-    if len(twice):
-        raise InputError(f"{args.samples}: named more than once: {first_few(twice)}")
+    if names.duplicated().any():
+        raise InputError(f"{args.samples}: named more than once: {first_few(names[names.duplicated()])}")
     if table["phenotype"].nunique() > table["phenotype"].str.casefold().nunique():
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
@@ -96,7 +94,7 @@ def assign_splits(table, test, val, seed):
     sizes = one_hot.sum()
     n_test = share_out(sizes, test)
     n_val = share_out(sizes - n_test, val)
-    wanted = pd.DataFrame({"train": sizes - n_test - n_val, "val": n_val, "test": n_test}).T  # (split, phenotype)
+    wanted = pd.DataFrame([sizes - n_test - n_val, n_val, n_test], SPLITS)  # (split, phenotype)
     missing = wanted.copy()
     groups = list(table.groupby("group", sort=False).groups.values())
     random.Random(seed).shuffle(groups)
@@ -195,9 +193,9 @@ def for_each(function, tasks, workers, title):
                     name, error = futures[future], future.exception()
                     if isinstance(error, BrokenProcessPool) and len(unfinished) > 1:
                         rounds.append({name: tasks[name]})
-                        continue
-                    bar.update()
-                    yield name, error or future.result()
+                    else:
+                        bar.update()
+                        yield name, error or future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -277,7 +275,8 @@ def report(out_dir, table, recipe, statistics, failures):
         status[name] = f"failed: {reason}"
         print(f"left out: {reason}", file=sys.stderr)
     table["status"] = table["sample_name"].map(status).fillna("no file")
-    found = pd.DataFrame.from_dict(statistics, orient="index").reindex(columns=FOUND).dropna(axis=1, how="all")
+    found = pd.DataFrame.from_dict(statistics, orient="index")
+    found = found.reindex(columns=[*STATISTICS, "polarity", "start_time"]).dropna(axis=1, how="all")
     table = table.drop(columns=["path", *found], errors="ignore").join(found, on="sample_name")
     write_table(out_dir / "samples.csv", table)
 
