@@ -54,7 +54,7 @@ def read_samples(args):
             raise InputError(f"{args.samples}, row {row + 2}: {column} {table[column][row]!r} cannot be used")
     names = table["sample_name"]
     without = names.str.replace(r"(?i)\.(mzml|mzxml|raw|d|wiff)(\.gz|\.bz2)?$", "", regex=True)
-    names = names.where(names.isin(runs), without)  # the extension
+    names = names.where(names.isin(runs), without)  # a table may name the files, with their extension
     if names.duplicated().any():
         raise InputError(f"{args.samples}: named more than once: {first_few(names[names.duplicated()])}")
     if table["phenotype"].nunique() > table["phenotype"].str.casefold().nunique():

@@ -102,9 +102,9 @@ def histogram_of_run(path, recipe):
         rts.append(rt)
         mzs += [mz[0], mz[-1]]
         if recipe.rt_min <= rt <= recipe.rt_max:
-            column = np.searchsorted(rt_edges[:-1], rt, side="right") - 1
-            # The m/z ascend, so the peaks of a bin are neighbours: one search an edge instead of one a peak.
-            below = np.append(0.0, intensity.cumsum(dtype=np.float64))  # intensity before each peak, and of all
+            column = np.searchsorted(rt_edges[:-1], rt, side="right") - 1  # its last bin, too
+            # The m/z ascend, so that the peaks of a bin are neighbours: one search an edge instead of one a peak.
+            below = np.append(0.0, intensity.cumsum(dtype=np.float64))  # (n + 1,): intensity below each peak, and all
             counts[column] += np.diff(below[np.searchsorted(mz, mz_edges)])
     if n_peaks == 0:
         least = f"{recipe.min_intensity:g} or more" if recipe.min_intensity else "above 0"
@@ -469,7 +469,7 @@ def read_table(path, skiprows=0, **options):
         table = pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
     except (ValueError, IndexError, OSError) as error:  # of pandas, too: ragged lines, no columns, not UTF-8
         raise InputError(f"{path}: is no table of text ({first_line(error)})") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first fields for names of the rows
+    if not table.index.equals(pd.RangeIndex(len(table))):  # pandas took the first fields for names of the rows
         raise InputError(f"{path}: its rows have more fields than its header; name each column, or delete empty ones")
     titles = table.columns.map(clean_title)
     if titles.has_duplicates:
