@@ -24,7 +24,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -39,13 +38,13 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
-from optuna.visualization.matplotlib import plot_optimization_history
 from scipy.stats import entropy
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Adamax, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, TensorDataset
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
@@ -75,10 +74,10 @@ SCHEDULERS = {
     "plateau": lambda optimizer, args: ReduceLROnPlateau(optimizer, patience=max(1, args.patience // 3)),
 }
 
-# What happens to a training picture, for a fork to edit: what an instrument does (.github/EXPERIMENTS.md), and what the
-# article does to photographs, for its final model and for those before. warp: drift of retention, percent of its axis;
-# gain: of the logarithm of sensitivity along m/z (deviations). erase: chance that a rectangle is blank, erase_size: the
-# largest, a share of the picture. rotate: degrees at most. color_jitter: of brightness, contrast and saturation.
+# What happens to a training picture, for a fork to edit: what an instrument does, and what the article does to
+# photographs, for its final model and for those before. warp: drift of retention, percent of its axis; gain: of the
+# logarithm of sensitivity along m/z (deviations). erase: chance of a blank rectangle, erase_size: the largest, a share
+# of the picture. rotate: degrees at most. color_jitter: of brightness, contrast and saturation.
 AUGMENTATION = {
     "physical": {"warp": 1.0, "gain": 0.3, "erase": 0.5, "erase_size": 0.01, "rotate": 0, "color_jitter": 0},
     "article": {"warp": 0, "gain": 0, "erase": 1.0, "erase_size": 0.33, "rotate": 5, "color_jitter": 0.25},
@@ -90,8 +89,9 @@ AUGMENTATION = {
 # "head", a frozen backbone's, those strides that it has.
 SCALES = {"pixels": ["1:56"], "head": ["1:56", "8:14", "16:14"], "all": ["last:3"]}
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
+AVERAGED = 10  # epochs over which weights are averaged in the loop
 STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
-# What --tune tries, every combination of it: flags and their values.
+# What --tune tries, every combination of it: flags, or names in AUGMENTATION, and their values.
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
 NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "out", "demo")
@@ -139,8 +139,7 @@ def to_input(model, recipe, jitter=0):
 
 def inputs_of(model, recipe, pictures):
     """Pictures [uint8 (H, W)] as the model takes them, float (N, CHANNELS, size, size)."""
-    transform = to_input(model, recipe)
-    return torch.stack([transform(picture) for picture in pictures]).contiguous()
+    return torch.stack(list(map(to_input(model, recipe), pictures))).contiguous()
 
 
 def training_transform(model, recipe, args):
@@ -152,8 +151,7 @@ def training_transform(model, recipe, args):
 def augmented(picture, args):
     """A random draw of a picture, uint8 (H, W): the same sample on another day, or what --augmentation makes of it.
 
-    What is moved or erased is log intensity: uncovered or erased means "nothing measured" in any colormap. The
-    article's augmentation ("Evaluating the final model", Figure 4) is --augmentation article.
+    What is moved or erased is log intensity: uncovered or erased means "nothing measured" in any colormap.
     """
     x = torch.from_numpy(picture)[None] / 255  # (1, H, W) log intensity, 0 ... 1
     if args.warp:
@@ -231,9 +229,7 @@ class Classifier(nn.Module):
             self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
             self.mean, self.std = own.mean[:CHANNELS], own.std[:CHANNELS]
             strides += [stage["reduction"] for stage in self.backbone.feature_info]
-        default = SCALES["pixels" if backbone == "pixels" else finetune]
-        default = [scale for scale in default if scale.partition(":")[0] in ("last", *map(str, strides))]
-        self.scales = chosen_scales(scales or default, strides, backbone)
+        self.scales = chosen_scales(scales, strides, backbone, finetune)
         last_of = {stride: i - 1 for i, stride in enumerate(strides)}  # of several maps of one stride the last
         self.maps = [last_of[stride] for stride, _ in self.scales if stride > 1]
         with torch.no_grad():
@@ -272,8 +268,7 @@ class Classifier(nn.Module):
     def head_inputs(self, x):
         """Features (N, F) as the head takes them: standardised, each scale of the same weight, all of length 1.
 
-        So one learning rate or penalty suits a head of 100 inputs and one of 100,000, and the first steps do not shake
-        the backbone.
+        So one learning rate or penalty suits a head of 100 inputs and one of 100,000.
         """
         weight = torch.cat([x.new_full((n,), (n * len(self.blocks)) ** -0.5) for n in self.blocks])
         return self.standardize(x) * weight
@@ -284,15 +279,15 @@ class Classifier(nn.Module):
         return self.head(self.head_inputs(x))
 
 
-def chosen_scales(scales, strides, backbone):
-    """[(stride, grid)], strides ascending, of ["STRIDE:GRID"], where a stride may be called last."""
-    chosen = {}
-    for text in scales:
-        stride, _, grid = text.partition(":")
-        stride = str(strides[-1]) if stride == "last" else stride
-        if stride not in map(str, strides) or not grid.isdigit() or int(grid) == 0:
-            known = ", ".join(map(str, dict.fromkeys(strides)))
-            raise InputError(f"--scales {text}: the strides of {backbone} are {known}; give STRIDE:GRID")
+def chosen_scales(scales, strides, backbone, finetune):
+    """[(stride, grid)], strides ascending, of ["STRIDE:GRID"], where a stride may be called last; None: the default."""
+    known, chosen = [str(stride) for stride in dict.fromkeys(strides)], {}
+    for text in scales or SCALES["pixels" if backbone == "pixels" else finetune]:
+        stride, _, grid = text.replace("last", known[-1]).partition(":")
+        if stride not in known and not scales:
+            continue  # of the default those that the backbone has
+        if stride not in known or not grid.isdigit() or int(grid) == 0:
+            raise InputError(f"--scales {text}: the strides of {backbone} are {', '.join(known)}; give STRIDE:GRID")
         chosen[int(stride)] = int(grid)
     return sorted(chosen.items())
 
@@ -523,11 +518,18 @@ def trained_weights(model):
     return {n: t.clone() for n, t in state.items() if not (model.frozen and n.startswith("backbone."))}
 
 
+def recent_mean(mean, new, n):
+    """The mean over about the last AVERAGED of n + 1 epochs, given that of the first n."""
+    return mean + (new - mean) / (n + 1).clamp(max=AVERAGED)
+
+
 def fit(model, loaders, args, run=None, report=lambda row: None):
     """Train until --epochs, or until --patience epochs have brought no better validation loss: the one loop.
 
-    Returns its history, a dict an epoch, and the trained weights of the best one. With a run folder last.pt and
-    epochs.csv follow every epoch, and training goes on from a last.pt that is there. report(row) hears of each epoch.
+    What is validated and kept is the mean of the weights over the last epochs (Izmailov et al. 2018,
+    arXiv:1803.05407): with few pictures single epochs are good or bad by luck. Returns the history, a dict an epoch,
+    and the averaged weights of the best one. With a run folder last.pt and epochs.csv follow every epoch, and training
+    goes on from a last.pt that is there. report(row) hears of each epoch.
     """
     last, history, best_weights, lr = None, [], None, args.lr
     if run and (run / "last.pt").exists():
@@ -535,12 +537,14 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
         history, best_weights, lr = last["history"], last["best_weights"], last["history"][0]["lr"]
     elif lr == "auto":
         lr = find_lr(model, loaders, args, run)
-    network = distributed(model)
+    network, averaged = distributed(model), AveragedModel(model, avg_fn=recent_mean, use_buffers=True)
     optimizer, scaler = make_optimizer(model, args, lr)
     scheduler = SCHEDULERS[args.scheduler](optimizer, args)
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if last:
         model.load_state_dict(last["model"], strict=False)
+        averaged.module.load_state_dict(last["averaged"], strict=False)
+        averaged.n_averaged.fill_(len(history))
         for name, part in states.items():
             part.load_state_dict(last[name])
 
@@ -555,8 +559,9 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
         outputs, batches = [], batches_of(loaders["train"], epoch, args)
         for x, y in progress(batches, f"epoch {epoch}/{args.epochs}", len(loaders["train"])):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
+        averaged.update_parameters(model)
         with autocast(args):
-            val_outputs = predict(model, loaders["val"])
+            val_outputs = predict(averaged.module, loaders["val"])
 
         row = {"epoch": epoch, **judged("train", outputs), **judged("val", val_outputs)}
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
@@ -566,10 +571,11 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             scheduler.step(row["val_loss"])
         else:
             scheduler.step()
-        best_weights = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best_weights, model, run)
+        best_weights = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best_weights, averaged.module, run)
         if run and RANK == 0:
             contents = {name: part.state_dict() for name, part in states.items()}
-            contents |= {"model": trained_weights(model), "best_weights": best_weights, "history": history}
+            contents |= {"model": trained_weights(model), "averaged": trained_weights(averaged.module)}
+            contents |= {"best_weights": best_weights, "history": history}
             with whole_file(run / "last.pt") as temporary:
                 torch.save(contents, temporary)
         report(row)
@@ -804,8 +810,10 @@ def prepare(args, pictures, classes, recipe, store):
     }
     say(f"{run_folder(args)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     if args.views:
-        same = args.backbone, args.seed if origin == "random initialisation" else "any seed"
-        if store.get("of") != same:  # features of another backbone
+        drawn = [getattr(args, name) for name in AUGMENTATION[args.augmentation]]
+        seed = args.seed if origin == "random initialisation" else "any"
+        same = [args.backbone, seed, model.scales, model.image_size, args.views, drawn]
+        if store.get("of") != same:  # they are features of another backbone, or of other draws
             store.clear()
             store |= {"of": same, **store_features(model, pictures, recipe, args)}
     if solve:
@@ -920,11 +928,10 @@ class EveryCombination(optuna.samplers.RandomSampler):
 
 
 def tune(args, pictures, classes, recipe, store):
-    """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"): trials.csv and its history.
+    """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"): trials.csv.
 
-    The objective is the best validation loss of a trial, not the last. Trials are pruned at the median and write no
-    checkpoints. Any number of processes with the same command and --storage share the work; trials beyond all
-    combinations take them again.
+    The objective is the best validation loss of a trial, not the last; trials are pruned at the median. Any number of
+    processes with the same command and --storage share the work.
     """
 
     def objective(trial):
@@ -946,7 +953,6 @@ def tune(args, pictures, classes, recipe, store):
         return best_of(history)["val_loss"]
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of its figures
     folder = run_folder(args).parent / "tune"
     folder.mkdir(parents=True, exist_ok=True)
     question = {k: value for k, value in settings_of(args, pictures, recipe).items() if k not in SEARCH} | SEARCH
@@ -968,8 +974,6 @@ def tune(args, pictures, classes, recipe, store):
     if not study.get_trials(states=done[:1]):
         raise InputError("--tune: no trial came to its end; try a lower --lr")
     write_table(folder / "trials.csv", study.trials_dataframe())
-    with whole_file(folder / "history.png") as temporary:
-        plot_optimization_history(study).figure.savefig(temporary, dpi=150, bbox_inches="tight")
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in study.best_params.items())
     say(f"{args.tune} trials in {folder}; best validation loss {study.best_value:.3f}: train it with {flags}")
 
@@ -1072,7 +1076,7 @@ def trainings_of(args):
     trainings = []
     for backbone, i, fold in itertools.product(backbones, range(args.repeats), folds):
         own = {"backbone": backbone, "seed": args.seed + i, "fold": fold}
-        if backbone == "pixels" and ("demo" in args or len(backbones) > 1):
+        if backbone == "pixels" and len(backbones) > 1:
             own["scales"] = None  # --scales are meant for the networks
         trainings.append(argparse.Namespace(**vars(args) | own))
     return trainings

@@ -96,10 +96,11 @@ def test_one_grey_channel(fork, two):
 
 def test_one_more_thing_to_tune(fork, two):
     folder, edit = fork
-    edit("train.py", '"scheduler": list(SCHEDULERS)}', '"scheduler": ["cosine"], "weight_decay": [0.0, 0.1]}')
+    edit("train.py", '"scheduler": list(SCHEDULERS)}', '"scheduler": ["cosine"], "warp": [0.0, 9.0]}')
     printed = works(folder, "train.py", *FLAGS, two[0], "--tune", 8)
     trials = pd.read_csv(folder / "runs/data/pixels/tune/trials.csv")
-    assert trials.groupby(["params_optimizer", "params_weight_decay"]).ngroups == 8 and "--weight-decay" in printed
+    assert trials.groupby(["params_optimizer", "params_warp"]).ngroups == 8 and "--warp" in printed
+    assert (trials.groupby("params_optimizer")["value"].nunique() == 2).all()  # features are stored anew for each warp
 
 
 def test_a_regression_label(fork, two):

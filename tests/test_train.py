@@ -540,7 +540,7 @@ def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, 
     assert len(finished) >= 8 and not [trial for trial in finished if trial.state.name == "FAIL"]
     assert len({tuple(trial.params.values()) for trial in finished}) == 8
     trials = pd.read_csv(tmp_path / "runs/demo/pixels/tune/trials.csv")
-    assert len(trials) >= 8 and (tmp_path / "runs/demo/pixels/tune/history.png").exists()
+    assert len(trials) >= 8
     # Asked for one more, it goes on with the same study.
     assert run("train.py", *arguments, "--tune", len(finished) + 1, cwd=tmp_path) == (0, "")
     assert len(pd.read_csv(tmp_path / "runs/demo/pixels/tune/trials.csv")) == len(finished) + 1
