@@ -226,10 +226,11 @@ def find_axes(out_dir, settings, runs, args):
         if low == high:  # one scan or one m/z: as numpy.histogram2d does
             low, high = low - 0.5, high + 0.5
         axes += [low, high]
-        covered = (found[last] - found[first]) / (high - low)
-        if not given and (covered < 0.5).mean() > 0.5:
-            widest = first_few(covered.index[covered >= covered.max() / 2])
-            print(f"warning: most runs cover less than half of {first} to {last}; those that stretch it: {widest}")
+        ends = found[[first, last]]  # (run, 2)
+        if not given and (ends[last] - ends[first] < (high - low) / 2).mean() > 0.5:
+            away = (ends - ends.median()).abs().max(axis=1)
+            far = first_few(away.index[away >= away.max() / 2])
+            print(f"warning: most runs cover less than half of {first} to {last}; those that stretch it: {far}")
     print("axes: {:.2f} to {:.2f} min, m/z {:.2f} to {:.2f}".format(*axes))
     return axes, failures
 

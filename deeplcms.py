@@ -103,9 +103,11 @@ def histogram_of_run(path, recipe):
         mzs += [mz[0], mz[-1]]
         if recipe.rt_min <= rt <= recipe.rt_max:
             column = np.searchsorted(rt_edges[:-1], rt, side="right") - 1  # its last bin, too
-            # The m/z ascend, so that the peaks of a bin are neighbours: one search an edge instead of one a peak.
-            below = np.append(0.0, intensity.cumsum(dtype=np.float64))  # (n + 1,): intensity below each peak, and all
-            counts[column] += np.diff(below[np.searchsorted(mz, mz_edges)])
+            # The m/z ascend, so that the peaks of a bin are a slice: one search an edge instead of one a peak.
+            starts = np.searchsorted(mz, mz_edges)
+            padded = np.append(intensity, 0.0)  # float64; and a slice may start behind the last peak
+            sums = np.add.reduceat(padded, starts)[:-1]
+            counts[column] += np.where(np.diff(starts) > 0, sums, 0)  # reduceat gives an empty slice its first element
     if n_peaks == 0:
         least = f"{recipe.min_intensity:g} or more" if recipe.min_intensity else "above 0"
         raise InputError(f"{path.name}: holds no MS1 peaks of intensity {least} {recipe.only_polarity}".rstrip())
