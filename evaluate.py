@@ -23,10 +23,11 @@ import torch
 from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata
 from tqdm import tqdm
 
-from deeplcms import SPLITS, Help, InputError, called_class, check_recipe, colours, confusion_of, drift_of, files_of
-from deeplcms import find_pictures, first_few, label_of, metrics_of, picture_of_run, probabilities_of, profile_of
-from deeplcms import read_picture, roc_auc, run_script, warnings_of, write_json, write_table, write_text
-from train import figure, find_run, inputs_of, judged, load_run, predict
+from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, colours, confusion_of, drift_of
+from deeplcms import files_of, find_pictures, first_few, label_of, metrics_of, picture_of_run, probabilities_of
+from deeplcms import profile_of, read_header, read_picture, roc_auc, run_script, warnings_of, write_json, write_table
+from deeplcms import write_text
+from train import figure, find_run, inputs_of, judged, load_run, predict, progress
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
@@ -51,16 +52,15 @@ def cautions(config):
 
 def title_of(checkpoints, what):
     """'pixels on golestan; no network', of several 'ensemble of 5; pixels on ...'; "; " breaks a figure's title."""
-    backbones, notes = set(), []
+    backbones = sorted({checkpoint["config"]["settings"]["backbone"] for checkpoint in checkpoints})
+    parts = [f"{', '.join(backbones)} on {what}"]
+    if len(checkpoints) > 1:
+        parts.insert(0, f"ensemble of {len(checkpoints)}")
     for checkpoint in checkpoints:
-        config = checkpoint["config"]
-        backbones.add(config["settings"]["backbone"])
-        notes += cautions(config)
-        if checkpoint["val_loss"] >= config["chance_loss"]:
-            notes.append("on validation pictures no better than chance")
-    ensemble = [f"ensemble of {len(checkpoints)}"] if len(checkpoints) > 1 else []
-    names = ", ".join(sorted(backbones))
-    return "; ".join([*ensemble, f"{names} on {what}", *dict.fromkeys(notes)])  # each note once
+        parts += cautions(checkpoint["config"])
+        if checkpoint["val_loss"] >= checkpoint["config"]["chance_loss"]:
+            parts.append("on validation pictures no better than chance")
+    return "; ".join(dict.fromkeys(parts))  # each once
 
 
 def load_members(runs):
@@ -80,36 +80,66 @@ def load_members(runs):
 def is_own(checkpoint, data):
     """Is this the data set of the run, where it was or where it has moved?"""
     own = checkpoint["config"]["settings"]["data"]
-    return data is None or Path(data).resolve().name == Path(own).resolve().name
+    return Path(data or own).resolve().name == Path(own).resolve().name
 
 
-def originals_of(checkpoint, data, splits):
-    """Pictures of some splits without copies; InputError unless they are of the run's kind."""
+def read_split(checkpoint, data, split):
+    """Table of one split, or of all, without copies, and its pictures; InputError unless they are of the run's kind."""
     data = data or checkpoint["config"]["settings"]["data"]
-    pictures, recipe = find_pictures(data, splits)
+    table, recipe = find_pictures(data, SPLITS if split == "all" else (split,))
     check_recipe(recipe, checkpoint["recipe"], data)
-    return pictures[~pictures["copy"]].reset_index(drop=True)
+    table = table[~table["copy"]].reset_index(drop=True)
+    return table, [read_picture(path) for path in tqdm(table["path"], desc="reading", disable=None, leave=False)]
 
 
-def unseen_pictures(checkpoints, data, split):
-    """Table of one split, with labels and without copies, and its pictures; no member may have trained on them."""
+def read_unseen(checkpoints, data, split):
+    """The same with labels; no member may have trained on these pictures, and each must be of one of its classes."""
     seen = [run for run in checkpoints if run["config"]["solved"] or run["config"]["settings"]["fold"] is not None]
     if split != "test" and any(is_own(run, data) for run in seen):
         raise InputError(f"this run was fitted to train and val together and has seen {split}; judge it on test")
-    pictures, classes = originals_of(checkpoints[0], data, (split,)), checkpoints[0]["config"]["classes"]
-    if unknown := set(pictures["phenotype"]) - set(classes):
-        place = data or checkpoints[0]["config"]["settings"]["data"]
-        raise InputError(f"{place}: {first_few(unknown)} is none of the run's classes, {', '.join(classes)}")
-    return pictures.assign(label=label_of(pictures, classes)), [read_picture(path) for path in pictures["path"]]
+    config = checkpoints[0]["config"]
+    table, pictures = read_split(checkpoints[0], data, split)
+    if unknown := set(table["phenotype"]) - set(config["classes"]):
+        known = f"{first_few(unknown)} is none of the run's classes, {', '.join(config['classes'])}"
+        raise InputError(f"{data or config['settings']['data']}: {known}")
+    return table.assign(label=label_of(table, config["classes"])), pictures
+
+
+def read_files(files, recipe):
+    """Table of raw runs and PNGs, and their pictures [uint8 (height, width)]; one that is unreadable costs no other.
+
+    Columns: file, sample_name, phenotype (of a PNG its folder, else ''), statistics (of a raw run, else None).
+    """
+    rows, pictures = [], []
+    for path in tqdm(files, desc="reading", unit="file", disable=None):
+        name, phenotype, statistics = path.stem, path.resolve().parent.name, None
+        try:
+            if path.suffix.lower() == ".png":
+                check_recipe(read_header(path)[1], recipe, path)
+                picture = read_picture(path)
+            else:
+                picture, statistics = picture_of_run(path, recipe)
+                name, phenotype = RUN.fullmatch(path.name)[1], ""
+        except (InputError, OSError) as error:
+            if len(files) == 1:
+                raise
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
+        rows.append({"file": str(path), "sample_name": name, "phenotype": phenotype, "statistics": statistics})
+        pictures.append(picture)
+    if not rows:
+        raise InputError(f"none of the {len(files)} files can be read")
+    return pd.DataFrame(rows), pictures
 
 
 def votes_of(models, recipe, pictures):
     """Probability (member, picture, class) that each model gives to each class of pictures [uint8 (H, W)]."""
     votes = []
     for model in models:
-        starts = tqdm(range(0, len(pictures), 32), desc="classifying", unit="batch", disable=None, leave=False)
+        starts = progress(range(0, len(pictures), 32), "classifying")
         batches = ((inputs_of(model, recipe, pictures[i : i + 32]), None) for i in starts)
-        votes.append(probabilities_of(torch.cat([logits for logits, _ in predict(model, batches)])))
+        logits = [logits for logits, _ in predict(model, batches)]
+        votes.append(probabilities_of(torch.cat(logits)))
     return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit
 
 
@@ -138,7 +168,7 @@ def judge(labels, logits, groups, threshold=0.5):
     keep their sizes. Pictures of a group (a person) are not independent: then whole groups are drawn, for all metrics.
     """
     table = pd.DataFrame({"value": metrics_of(labels, logits, threshold), "low": np.nan, "high": np.nan})
-    probabilities = probabilities_of(logits)
+    probabilities, limits = probabilities_of(logits), ["low", "high"]
     n_classes = probabilities.shape[1]
     by_group = pd.Series(labels).groupby(groups)
     owners, rows = by_group.first(), by_group.indices  # label and pictures of each group
@@ -150,25 +180,24 @@ def judge(labels, logits, groups, threshold=0.5):
         i = np.concatenate([rows[group] for group in drawn])
         resamples.append(metrics_of(labels[i], logits[i], threshold))
     resamples = pd.DataFrame(resamples)
-    table["low"], table["high"] = resamples.quantile(0.025), resamples.quantile(0.975)
-    table.loc[resamples.isna().mean() > 0.05, ["low", "high"]] = np.nan  # too often undefined
+    table[limits] = resamples.quantile([0.025, 0.975]).T
+    table.loc[resamples.isna().mean() > 0.05, limits] = np.nan  # too often undefined
     if len(owners) < len(labels):
         return table
     called = called_class(probabilities, threshold)
     right = called == labels
-    shares = {"accuracy": right}
+    table.loc["accuracy", limits] = wilson(right)
     if n_classes == 2:
-        shares |= {"recall": right[labels == 1], "specificity": right[labels == 0], "precision": right[called == 1]}
-    for name, hits in shares.items():
-        if len(hits):
-            table.loc[name, ["low", "high"]] = wilson(hits)
+        table.loc["recall", limits] = wilson(right[labels == 1])
+        table.loc["specificity", limits] = wilson(right[labels == 0])
+        if called.any():
+            table.loc["precision", limits] = wilson(right[called == 1])
     return table
 
 
 def wilson(hits):
-    """(low, high) of the 95 % interval of the share of hits (N,) that are true."""
-    interval = binomtest(hits.sum(), len(hits)).proportion_ci(method="wilson")
-    return interval.low, interval.high
+    """[low, high] of the 95 % interval of the share of hits (N,) that are true."""
+    return list(binomtest(hits.sum(), len(hits)).proportion_ci(method="wilson"))
 
 
 # ---------------------------------------------------------------- what else could explain it
@@ -190,17 +219,17 @@ def confounders_of(pictures):
     and Hochberg.
     """
     rows = {}
-    for name in pictures.columns.difference(NO_CONFOUNDERS, sort=False):
-        known = pictures[["label"]].assign(rank=ranks_of(pictures[name])).dropna()
-        label, by_class = known["label"], known.groupby("label")
-        if known["rank"].nunique() < 2 or len(by_class) < 2:
+    for name, column in pictures.drop(columns=NO_CONFOUNDERS, errors="ignore").items():
+        ranks = ranks_of(column).dropna()
+        label = pictures["label"][ranks.index]
+        by_class = ranks.groupby(label)
+        if ranks.nunique() < 2 or by_class.ngroups < 2:
             continue
-        test = kruskal(*[ranks for _, ranks in by_class["rank"]])
-        aucs = [roc_auc(label == k, known["rank"]) for k in sorted(by_class.groups, reverse=True)]
-        rows[name] = [max(aucs, key=lambda auc: abs(auc - 0.5)), test.pvalue]
+        aucs = [roc_auc(label == k, ranks) for k in sorted(by_class.groups, reverse=True)]
+        test = kruskal(*[of_class for _, of_class in by_class])
+        rows[name] = max(aucs, key=lambda auc: abs(auc - 0.5)), test.pvalue
     table = pd.DataFrame.from_dict(rows, "index", columns=["auc", "q"])
-    if rows:
-        table["q"] = false_discovery_control(table["q"])
+    table["q"] = false_discovery_control(table["q"])
     return table
 
 
@@ -218,18 +247,21 @@ def evaluate(runs, home, args):
     models, checkpoints = load_members(runs)
     checkpoint = checkpoints[0]
     recipe, classes = checkpoint["recipe"], checkpoint["config"]["classes"]
-    table, pictures = unseen_pictures(checkpoints, args.data, args.split)
+    table, pictures = read_unseen(checkpoints, args.data, args.split)
     votes = votes_of(models, recipe, pictures)
     labels, probabilities = table["label"].to_numpy(), votes.mean(0)
-    metrics = judge(labels, np.log(probabilities), table["group"].to_numpy(), args.threshold)
+    metrics = judge(labels, np.log(probabilities), table["group"], args.threshold)
     confusion = confusion_of(labels, called_class(probabilities, args.threshold), len(classes))
     drifts = [drift_of(profile_of(picture), checkpoint["profile"], recipe) for picture in pictures]
     confounders = confounders_of(table.assign(rt_drift=drifts))
     suspects = flagged(confounders)
 
-    data_set = Path(args.data).resolve().name if args.data else checkpoint["config"]["data_set"]
-    ordinary = args.split == "test" and is_own(checkpoint, args.data)
-    folder = Path(args.out or (home if ordinary else home / f"{data_set}-{args.split}"))
+    data_set, folder = checkpoint["config"]["data_set"], home
+    if args.data:
+        data_set = Path(args.data).resolve().name
+    if args.split != "test" or not is_own(checkpoint, args.data):
+        folder = home / f"{data_set}-{args.split}"
+    folder = Path(args.out or folder)
     folder.mkdir(parents=True, exist_ok=True)
     title = title_of(checkpoints, f"{data_set}, {args.split} split, {len(labels)} pictures")
     result = {
@@ -244,32 +276,31 @@ def evaluate(runs, home, args):
         "confounders": confounders.replace({np.nan: None}).to_dict("index"),
         "flagged": suspects,
     }
-    if len(classes) == 2:
-        result |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
-    write_json(folder / "metrics.json", result)
-    calls = calls_of(votes, classes, args.threshold)
-    predictions = table[["sample_name", "group", "phenotype"]].join(calls)
-    predictions.insert(4, "right", np.where(calls["called"] == table["phenotype"], "yes", "no"))
+    predictions = table[["sample_name", "group", "phenotype"]].join(calls_of(votes, classes, args.threshold))
+    predictions.insert(4, "right", np.where(predictions["called"] == table["phenotype"], "yes", "no"))
     predictions["file"] = table["path"]
     write_table(folder / "predictions.csv", predictions)
     # The figures show the probability of class 1, or with more classes of the class called.
-    predictions["of"] = classes[1] if len(classes) == 2 else calls["called"]
-    predictions["p"] = probabilities[:, 1] if len(classes) == 2 else probabilities.max(1)
+    predictions = predictions.assign(of=predictions["called"], p=probabilities.max(1))
+    if len(classes) == 2:
+        result |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
+        predictions = predictions.assign(of=classes[1], p=probabilities[:, 1])
+    write_json(folder / "metrics.json", result)
     with figure(folder / "test.png", title, (17, 6.4), ncols=3) as (left, middle, right):
         draw_confusion(left, confusion, classes)
         draw_roc(middle, labels, probabilities, confusion, metrics.loc["roc_auc"], classes)
         draw_calibration(right, predictions)
     draw_prediction_matrix(folder / "prediction_matrix.png", predictions, pictures, recipe, title)
 
-    decimals = "{:.3f}".format
     epochs = [f"run {run}, epoch {member['epoch']}" for run, member in zip(runs, checkpoints, strict=True)]
     print(title, *epochs, result["rule"], sep="\n")
     print(f"\n{pd.DataFrame(confusion, classes, classes).rename_axis('true / called')}\n")
-    print(metrics.to_string(float_format=decimals, na_rep="undefined"))
+    numbers = {"float_format": "{:.3f}".format, "na_rep": "undefined"}
+    print(metrics.to_string(**numbers))
     if metrics["low"].isna().all():
         print(f"no intervals: they need {FEWEST} pictures (or groups) of each class")
     print("\nWhat else is known of these runs, and how well it alone tells the phenotypes apart:")
-    print(confounders.to_string(float_format=decimals, na_rep="undefined"))
+    print(confounders.to_string(**numbers))
     for name in suspects:
         print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")
     print(f"\nresults: {folder}/")
@@ -326,7 +357,7 @@ def draw_prediction_matrix(path, predictions, pictures, recipe, title):
     """Article, Figure 5: nine pictures, phenotypes in turn; green is right."""
     looks = {"yes": ("#1a8a3a", "right"), "no": ("#d62728", "wrong")}
     with figure(path, title, (10, 10.5), nrows=3, ncols=3, sharex=True, sharey=True) as axes:
-        for axis, row in zip(axes.flat, in_turn(predictions, 9, SEED).itertuples(), strict=False):
+        for axis, row in zip(axes.flat, in_turn(predictions, 9).itertuples(), strict=False):
             colour, word = looks[row.right]
             show(axis, colours(pictures[row.Index], recipe.colormap), recipe)
             text = f"{row.sample_name[:30]}: P({row.of}) = {row.p:.3f}\ntrue phenotype: {row.phenotype} ({word})"
@@ -335,9 +366,9 @@ def draw_prediction_matrix(path, predictions, pictures, recipe, title):
         label_axes(axes)
 
 
-def in_turn(pictures, n, seed):
-    """n rows for a figure, drawn at random with the seed, phenotypes in turn."""
-    drawn = pictures.sample(frac=1, random_state=seed)
+def in_turn(pictures, n):
+    """n rows for a figure, drawn at random, phenotypes in turn."""
+    drawn = pictures.sample(frac=1, random_state=SEED)
     turn = drawn.groupby("phenotype").cumcount()
     return drawn.loc[turn.sort_values(kind="stable").index].head(n)
 
@@ -349,42 +380,35 @@ def show(axis, map_, recipe, **options):
 
 
 def label_axes(axes):
-    """Retention time and m/z, for a figure of pictures."""
+    """Retention time and m/z, for a figure of pictures; places without one stay empty."""
     for axis in axes.flat:
-        axis.set_axis_on() if axis.images else axis.set_axis_off()
-    axes.flat[0].figure.supxlabel("retention time (min)")
-    axes.flat[0].figure.supylabel("m/z")
+        if not axis.images:
+            axis.set_axis_off()
+    axis.figure.supxlabel("retention time (min)")
+    axis.figure.supylabel("m/z")
 
 
 # ---------------------------------------------------------------- new raw runs
 def predict_files(runs, args):
-    """Table of the probabilities of raw runs; an unreadable one costs a line on stderr and exit status 1, returned."""
+    """Table of the probabilities of raw runs; the exit status is 1 if one of them could not be read."""
     if args.out and Path(args.out).exists():
         raise InputError(f"--out {args.out} exists already; give another name")
     models, checkpoints = load_members(runs)
     checkpoint = checkpoints[0]
     config, recipe = checkpoint["config"], checkpoint["recipe"]
     print(title_of(checkpoints, config["data_set"]), rule_of(config["classes"], args.threshold), "", sep="\n")
-    files, pictures, rows = files_of(args.predict), [], []
-    for path in tqdm(files, desc="reading", disable=None):
-        try:
-            picture, statistics = picture_of_run(path, recipe)
-        except (InputError, OSError) as error:
-            tqdm.write(f"left out: {error}", file=sys.stderr)
-            continue
-        statistics["rt_drift"] = drift_of(profile_of(picture), checkpoint["profile"], recipe)
-        warning = warnings_of(statistics, checkpoint["cohort"], recipe)
-        pictures.append(picture)
-        rows.append({"file": str(path), "rt_drift": statistics["rt_drift"], "warning": warning})
-    if rows:
-        measured = pd.DataFrame(rows)
-        votes = votes_of(models, recipe, pictures)
-        calls = calls_of(votes, config["classes"], args.threshold)
-        table = measured[["file"]].join(calls).join(measured[["rt_drift", "warning"]])
-        print(table.to_string(index=False, float_format="{:.4f}".format))
-        if args.out:
-            write_table(args.out, table)
-    return int(len(rows) < len(files))
+    files = files_of(args.predict)
+    read, pictures = read_files(files, recipe)
+    table = read[["file"]].join(calls_of(votes_of(models, recipe, pictures), config["classes"], args.threshold))
+    table["rt_drift"] = [drift_of(profile_of(picture), checkpoint["profile"], recipe) for picture in pictures]
+    table["warning"] = "a picture: how its run was measured is unknown"
+    for i, statistics in read["statistics"].dropna().items():
+        statistics["rt_drift"] = table["rt_drift"][i]
+        table.loc[i, "warning"] = warnings_of(statistics, checkpoint["cohort"], recipe)
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    if args.out:
+        write_table(args.out, table)
+    return int(len(table) < len(files))
 
 
 # ---------------------------------------------------------------- many runs
@@ -414,17 +438,15 @@ def row_of(run):
         **best.filter(regex="^(train|val)_"),
         "seconds": epochs["seconds"].sum(),
         "seed": seed,
-        "fold": "",
+        "fold": "" if fold is None else fold,
         "chance_loss": config["chance_loss"],
         "notes": ", ".join(cautions(config)),
         "run": str(run),
         "settings": json.dumps(settings),
-        "held_out": None,
     }
     if fold is not None:
         pictures = read_held_out(run)
-        logits = torch.tensor(pictures.filter(regex="^logit_").to_numpy())
-        row |= {"fold": fold, "held_out": pictures, **judged("val", [(logits, torch.tensor(pictures["label"]))])}
+        row |= judged("val", [(torch.tensor(logits_in(pictures)), torch.tensor(pictures["label"]))])
     return row
 
 
@@ -434,10 +456,13 @@ def read_held_out(run):
     return pd.read_csv(Path(run) / "held_out.csv", dtype=types, keep_default_na=False)  # a person may be called NA
 
 
+def logits_in(held_out):
+    return held_out.filter(regex="^logit_").dropna(axis=1).to_numpy()  # (N, 1 or K)
+
+
 def pooled_metrics(pictures):
     """'value (low-high)' of each metric over the held-out pictures of all folds of a training."""
-    logits = pictures.filter(regex="^logit_").dropna(axis=1).to_numpy()
-    table = judge(pictures["label"].to_numpy(), logits, pictures["group"].to_numpy())
+    table = judge(pictures["label"].to_numpy(), logits_in(pictures), pictures["group"].to_numpy())
     text = table.apply(lambda row: "{value:.3f} ({low:.3f}-{high:.3f})".format(**row), axis=1)
     return text.str.removesuffix(" (nan-nan)")
 
@@ -458,8 +483,7 @@ def dunn(groups):
     """p values of Dunn's test for each pair of groups of values, with the correction for ties (Dunn 1964)."""
     ranks = rankdata(np.concatenate(groups))
     variance = ranks.var(ddof=1)  # n (n + 1) / 12 without ties, and less by Dunn's correction with them
-    ends = np.cumsum([len(group) for group in groups])
-    p = []
+    ends, p = np.cumsum([len(group) for group in groups]), []
     for a, b in itertools.combinations(np.split(ranks, ends[:-1]), 2):
         error = np.sqrt(variance * (1 / len(a) + 1 / len(b)))
         p.append(2 * norm.sf(abs(a.mean() - b.mean()) / error))
@@ -482,21 +506,19 @@ def draw_replicates(path, replicates, metrics):
     """Article, Figures 1 and 3: median of each metric, standard deviation as error bar, a dot for each replicate."""
     size = (3 + 2.1 * len(metrics), 1.8 + 0.5 * len(replicates))
     title = "Replicates on validation pictures: median, standard deviation, each run"
+    ticks = {label.replace(" (", "\n("): rows for label, rows in replicates.items()}
     with figure(path, title, size, ncols=len(metrics), sharey=True, squeeze=False) as axes:
         for ax, name in zip(axes[0], metrics, strict=True):
-            for label, rows in replicates.items():
-                tick = label.replace(" (", "\n(")
+            for tick, rows in ticks.items():
                 ax.barh(tick, rows[name].median(), xerr=rows[name].std(), color="lightsteelblue", capsize=3)
                 ax.plot(rows[name], [tick] * len(rows), "k.", alpha=0.7)
             ax.set_xlabel(name)
-        axes[0, 0].invert_yaxis()
+        ax.invert_yaxis()
 
 
 def compare(runs, out):
     """Tables 1 and 2 for many runs; Figure 1 or 3 and its tests for replicates among them."""
-    rows = sorted(map(row_of, runs), key=lambda row: row["val_loss"])
-    held_out = [row.pop("held_out") for row in rows]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(map(row_of, runs)).sort_values("val_loss", kind="stable", ignore_index=True)
     metrics = [name for name in COMPARED if name in table]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns="settings"))
@@ -504,8 +526,9 @@ def compare(runs, out):
     columns += [name.replace("val_", "train_") for name in metrics]
     columns += [*metrics, "chance_loss", "seconds", "seed", "fold", "notes"]
     parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table[columns]}
-    if (table["fold"] != "").any():
-        held_out = pd.concat(held_out)  # without the None of other runs
+    folds = table["run"][table["fold"] != ""]
+    if len(folds):
+        held_out = pd.concat(map(read_held_out, folds))
         write_table(out / "out_of_fold.csv", held_out)
         pooled = held_out.groupby("training", sort=False).apply(pooled_metrics)
         parts[f"All folds of a training together. {FOLDS}"] = pooled
@@ -542,7 +565,7 @@ def main():
     add("--predict", nargs="+", metavar="FILE", help=new)
     args = parser.parse_args()
 
-    runs = runs_below(args.runs) if args.runs else [find_run()]
+    runs = runs_below(args.runs) or [find_run()]
     if args.predict:
         return predict_files(runs, args)
     if len(runs) == 1:

@@ -10,22 +10,18 @@ of its intensity with the network's probability from run to run: do the calls go
 its sign is the direction, up or down in the class. What whole pictures have in common, batches and drift, is taken out
 first. Heat (LayerCAM) shows roughly where a picture's probability comes from, and whatever is bright.
 
-Neither proves a cause: a network needs only some of the compounds that differ, neighbours in a box (in_box) look the
-same to it, and calls go with something even where they are wrong: q speaks of the calls and not of the phenotypes.
-Where convert.py divided by the highest of a time, one compound moves all that elute with it.
+Neither proves a cause: a network needs only some of the compounds that differ, and neighbours in a box (in_box) look
+the same to it. q speaks of the calls, right or wrong. The ranking takes all pictures; those trained on are called by
+heart, so that evidence comes near to t, and --split test asks only for the calls of unseen ones, which are fewer.
 
-The ranking is of a cohort and no test: it takes all pictures. Those trained on are called by heart, so that evidence
-comes near to t; --split test asks only for the calls of unseen ones, which are fewer.
-
-Written to RUN/explain/: cam_grid.png, overlay.png, features.csv (its rt, mz and name are what mzmine calls them), and
-inclusion.csv, those of q below 0.05 as Orbitraps import a mass list.
+Written to RUN/explain/: cam_grid.png, overlay.png, features.csv, and inclusion.csv, those of q below 0.05 as Orbitraps
+import a mass list.
 """
 
 import argparse
 import functools
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +37,9 @@ from torch.nn import functional as F
 from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
-from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, clean_title, count, files_of, first_line
-from deeplcms import picture_of_run, read_header, read_picture, read_table, run_script, write_table
-from evaluate import FEWEST, SEED, in_turn, label_axes, originals_of, show, title_of, votes_of
+from deeplcms import SPLITS, Help, InputError, called_class, clean_title, count, files_of, first_line, read_table
+from deeplcms import run_script, write_table
+from evaluate import FEWEST, in_turn, label_axes, read_files, read_split, show, title_of, votes_of
 from train import DEVICE, figure, find_run, inputs_of, load_run
 
 
@@ -71,18 +67,19 @@ def choose_layers(model, names=None):
     layers mix retention times and masses, and look up to 7 % of the axis away from where upsampling paints them.
     """
     modules = dict(model.backbone.named_modules())
-    stages = [stage for stage in getattr(model.backbone, "feature_info", []) if stage["module"] in modules]
+    stages = list(getattr(model.backbone, "feature_info", []))
     if not names and model.maps:
-        fine = max(4, min(stage["reduction"] for stage in stages))
         finest = stages[model.maps[0]]
         if finest["reduction"] == stages[-1]["reduction"]:
+            fine = max(4, stages[0]["reduction"])
             finest = [stage for stage in stages if stage["reduction"] <= fine][-1]
         names = [finest["module"]]
-    for name in names or []:
+    names = names or []
+    for name in names:
         if name not in modules:
-            known = ", ".join(stage["module"] for stage in stages) or "none"
+            known = ", ".join(stage["module"] for stage in stages if stage["module"] in modules) or "none"
             raise InputError(f"--layers {name!r} is no layer of this backbone; those that timm lists: {known}")
-    return {name: modules[name] for name in names or []}
+    return {name: modules[name] for name in names}
 
 
 def heat_maps(model, layers, recipe, pictures, k):
@@ -186,6 +183,11 @@ COLUMNS = {
 }
 
 
+def column_of(kind, titles):
+    """The first of the usual titles of rt, mz or name that is among these; None where there is none."""
+    return next((title for title in COLUMNS[kind] if title in titles), None)
+
+
 def read_features(path, recipe, query=None):
     """Table of features inside the axes, columns cleaned, with rt (minutes), mz and name found by the usual titles.
 
@@ -193,30 +195,30 @@ def read_features(path, recipe, query=None):
     name. The query is pandas', on the cleaned names; whoever types it owns the shell, so it may do what pandas lets it.
     """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        titles = [set(map(clean_title, re.split("[,;\t]", line))) for line in file.readlines()[:10]]
-    skip = next((i for i, row in enumerate(titles) if row & {*COLUMNS["rt"]} and row & {*COLUMNS["mz"]}), 0)
-    table = read_table(path, skip, dtype=None, keep_default_na=True)
-    found = {kind: next((name for name in names if name in table), None) for kind, names in COLUMNS.items()}
-    if not (found["rt"] and found["mz"]):
+        lines = [list(map(clean_title, re.split("[,;\t]", line))) for line in file.readlines()[:10]]
+    header = next((i for i, line in enumerate(lines) if column_of("rt", line) and column_of("mz", line)), 0)
+    table = read_table(path, header, dtype=None, keep_default_na=True)
+    rt, mz, name = (column_of(kind, table) for kind in COLUMNS)
+    if not (rt and mz):
         usual = "retention time ('Average Rt(min)', 'rt') and m/z ('Average Mz', 'mz')"
         raise InputError(f"{path}: no columns of {usual}; found: {', '.join(table.columns[:20])}")
-    for column in table.filter(like="annotation_tag"):
-        table[column] = table[column].astype(str).str.removesuffix(".0")  # == '430' works whatever the column holds
-    for kind in ("rt", "mz"):
-        values = pd.to_numeric(table[found[kind]], errors="coerce")
+    for tag in table.filter(like="annotation_tag"):
+        table[tag] = table[tag].astype(str).str.removesuffix(".0")  # == '430' works whatever the column holds
+    for kind, title in (("rt", rt), ("mz", mz)):
+        values = pd.to_numeric(table[title], errors="coerce")
         if values.isna().any():
             row = int(values.isna().argmax())
-            raise InputError(f"{path}, row {row + skip + 2}: {found[kind]} {table[found[kind]][row]} is not a number")
+            raise InputError(f"{path}, row {row + header + 2}: {title} {table[title][row]} is not a number")
         table[kind] = values
-    table["name"] = table[found["name"]].astype(object).fillna("").astype(str) if found["name"] else ""
-    try:
+    table["name"] = table[name].astype(object).fillna("").astype(str) if name else ""
+    if query:
         # Names with runs of underscores, as pyjanitor leaves them and the article has them, mean the same; text stays.
-        spelt = re.sub(r"'[^']*'|\"[^\"]*\"|__+", lambda found: found[0] if found[0][0] != "_" else "_", query or "")
-        table = table.query(spelt, engine="python") if query else table
-    except Exception as error:  # of pandas and of Python, by what is wrong
-        raise InputError(f"--query {query!r}: {first_line(error)} (columns: {', '.join(table.columns)})") from None
-    x, y = recipe.to_fraction(table["rt"], table["mz"])
-    inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
+        spelt = re.sub(r"""('[^']*'|"[^"]*")|_+""", lambda found: found[1] or "_", query)
+        try:
+            table = table.query(spelt, engine="python")
+        except Exception as error:  # of pandas and of Python, by what is wrong
+            raise InputError(f"--query {query!r}: {first_line(error)} (columns: {', '.join(table.columns)})") from None
+    inside = table["rt"].between(recipe.rt_min, recipe.rt_max) & table["mz"].between(recipe.mz_min, recipe.mz_max)
     print(f"features: {path}, {inside.sum()} inside the axes, {(~inside).sum()} outside")
     if not inside.any():
         raise InputError(f"{path}: no feature is left (--query? retention times in seconds?)")
@@ -269,8 +271,8 @@ def rank_features(table, evidence, tests, half_box):
 
 
 def inclusion_list(table, drift):
-    """The features of q < 0.05 (or without q) in the columns of an Orbitrap's mass list; charge 1 is assumed."""
-    table = table[~(table["q"] >= 0.05)]
+    """The features of q < 0.05 in the columns of an Orbitrap's mass list; charge 1 is assumed."""
+    table = table[table["q"] < 0.05]
     columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"], "z": 1}
     columns |= {"t start (min)": (table["rt"] - drift).clip(0), "t stop (min)": table["rt"] + drift}
     return pd.DataFrame(columns).round(5)
@@ -291,16 +293,17 @@ def cam_grid(path, shown, pictures, maps, recipe, title):
         label_axes(axes)
 
 
-def overlay(path, evidence, meaning, table, recipe, title, n_names=10):
+def overlay(path, evidence, class_name, table, recipe, title):
     """Article Figures 7 and 8: features over the evidence, up or down in the class, the first of the ranking by name.
 
     Names stand in a column beside the map, in the order of m/z, each joined to its point: they cannot overlap.
     """
     with figure(path, title, (11, 6.5)) as axis:
-        highest = abs(evidence).max() or 1
+        highest = abs(evidence).max()
         shown = show(axis, evidence, recipe, cmap="RdBu_r", vmin=-highest, vmax=highest)
-        axis.figure.colorbar(shown, ax=axis, location="bottom", shrink=0.9, aspect=40, label=meaning)
-        first = table.head(n_names).sort_values("mz").reset_index(drop=True)
+        label = f"evidence: red up, blue down in {class_name}"
+        axis.figure.colorbar(shown, ax=axis, location="bottom", shrink=0.9, aspect=40, label=label)
+        first = table.head(10).sort_values("mz").reset_index(drop=True)
         axis.plot(table["rt"], table["mz"], "o", markersize=2.5, color="0.45", label="feature")
         axis.plot(first["rt"], first["mz"], "ko", markersize=11, fillstyle="none", label=f"first {len(first)}")
         for direction, marker, color in (("up", "^", "darkred"), ("down", "v", "navy")):
@@ -316,34 +319,6 @@ def overlay(path, evidence, meaning, table, recipe, title, n_names=10):
 
 
 # ---------------------------------------------------------------- one command
-def read_input(files, recipe):
-    """Table (sample_name, phenotype) and pictures [uint8 (height, width)] of raw runs, PNGs, or folders of runs."""
-    rows, pictures, failures = [], [], []
-    for path in tqdm(files_of(files), desc="reading", unit="file", disable=None):
-        try:
-            if path.suffix.lower() == ".png":
-                check_recipe(read_header(path)[1], recipe, path)
-                name, phenotype, picture = path.stem, path.resolve().parent.name, read_picture(path)
-            else:
-                picture, name, phenotype = picture_of_run(path, recipe)[0], RUN.fullmatch(path.name)[1], ""
-        except (InputError, OSError) as error:
-            failures.append(error)
-            continue
-        rows.append({"sample_name": name, "phenotype": phenotype})
-        pictures.append(picture)
-    if not rows:
-        raise failures[0]
-    for failure in failures:
-        print(f"left out: {failure}", file=sys.stderr)
-    return pd.DataFrame(rows), pictures
-
-
-def read_split(checkpoint, data, split):
-    """Table and pictures of a split or all of a data set, originals only, those trained on and folds too: no test."""
-    table = originals_of(checkpoint, data, SPLITS if split == "all" else (split,))
-    return table, [read_picture(path) for path in tqdm(table["path"], desc="reading", disable=None, leave=False)]
-
-
 def explain(args):
     run = find_run(args.run)
     model, checkpoint = load_run(run)
@@ -356,7 +331,7 @@ def explain(args):
     title = title_of([checkpoint], f"{checkpoint['config']['data_set']}, class '{class_name}'")
     print(title)
     if args.input:
-        table, pictures = read_input(args.input, recipe)
+        table, pictures = read_files(files_of(args.input), recipe)
     else:
         table, pictures = read_split(checkpoint, args.data, args.split)
     path = Path(args.features or Path(args.data or checkpoint["config"]["settings"]["data"]) / "features.csv")
@@ -364,15 +339,12 @@ def explain(args):
     features = read_features(path, recipe, args.query) if args.features or args.query or path.exists() else None
 
     [probabilities] = votes_of([model], recipe, pictures)  # (N, K)
-    p, called = probabilities[:, k], called_class(probabilities)
-    table["caption"] = [f"P({class_name}) = {value:.2f}" for value in p]
-    known = table["phenotype"].isin(classes)
-    of_class = (table["phenotype"] == class_name).where(known).to_numpy(float)  # nan where unknown
-
+    p = probabilities[:, k]
     out = Path(args.out or run / "explain")
     out.mkdir(parents=True, exist_ok=True)
     if layers:
-        shown = in_turn(table, args.n, SEED)
+        table["caption"] = [f"P({class_name}) = {value:.2f}" for value in p]
+        shown = in_turn(table, args.n)
         of_shown = [pictures[i] for i in shown.index]
         maps = list(heat_maps(model, layers, recipe, of_shown, k))
         cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {', '.join(layers)}; {title}")
@@ -380,34 +352,30 @@ def explain(args):
         print("pixels: no network, so there is no cam_grid.png")
 
     if features is not None:
-        measured = np.empty((len(pictures), pictures[0].size), np.float16)  # (N, height * width)
-        for row, picture in zip(measured, tqdm(pictures, desc="evidence", disable=None, leave=False), strict=True):
-            row[:] = local_intensity(picture, recipe, args.drift).ravel()
-        tests = tests_of_phenotypes(at_places(measured, features, recipe).astype(float), of_class)
-        if len(set(called)) > 1 and len(table) >= FEWEST:
-            components = common_components(measured, p)
-            evidence, meaning = evidence_of(measured, p, components), f"evidence: red up, blue down in {class_name}"
-            n_free = len(p) - 2 - components.shape[1]
-            tests = tests_of_calls(at_places(evidence, features, recipe), n_free).join(tests)
-        elif layers:
-            print(f"all are called alike, or they are fewer than {FEWEST}: in place of evidence stands their mean heat")
-            evidence = sum(heat_maps(model, layers, recipe, pictures, k)).ravel() / len(pictures)
-            meaning = "mean heat, in place of evidence"
-            tests = tests.assign(direction="", p=np.nan, q=np.nan)
-        else:
+        if len(table) < FEWEST or len(set(called_class(probabilities))) == 1:
             raise InputError(f"all are called alike, or they are fewer than {FEWEST}: there is no evidence to rank by")
+        measured = np.empty((len(pictures), pictures[0].size), np.float16)  # (N, height * width)
+        for i, picture in enumerate(tqdm(pictures, desc="evidence", disable=None, leave=False)):
+            measured[i] = local_intensity(picture, recipe, args.drift).ravel()
+        components = common_components(measured, p)
+        evidence = evidence_of(measured, p, components)
+        at_features = at_places(evidence, features, recipe)
+        calls = tests_of_calls(at_features, len(p) - 2 - components.shape[1])
+        known = table["phenotype"].isin(classes)
+        of_class = (table["phenotype"] == class_name).where(known).to_numpy(float)  # nan where unknown
+        phenotypes = tests_of_phenotypes(at_places(measured, features, recipe).astype(float), of_class)
         half_box = np.array([args.drift, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]])
-        ranking = rank_features(features, at_places(evidence, features, recipe), tests, half_box)
+        ranking = rank_features(features, at_features, calls.join(phenotypes), half_box)
         write_table(out / "features.csv", ranking)
         write_table(out / "inclusion.csv", inclusion_list(ranking, args.drift))
         columns = ["rank", "rt", "mz", "evidence", "direction", "q", "t", "t_q", "in_box", "name"]
         print(ranking[columns].head(10).to_string(index=False, float_format="{:.3g}".format))
         map_ = evidence.reshape(pictures[0].shape)
-        overlay(out / "overlay.png", map_, meaning, ranking, recipe, f"Features over the evidence; {title}")
+        overlay(out / "overlay.png", map_, class_name, ranking, recipe, f"Features over the evidence; {title}")
     print(f"{len(table)} pictures explained in {out}")
 
 
-def parse_arguments(argv=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("run", nargs="?", help="run folder of train.py (default: the newest under runs/)")
     parser.add_argument("--out", metavar="DIR", help="folder for results (default: RUN/explain)")
@@ -423,14 +391,10 @@ def parse_arguments(argv=None):
     add("--features", metavar="CSV", help="MS-DIAL export or rt (minutes), mz, name (default: the data's features.csv)")
     add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
     add("--drift", type=float, default=0.3, metavar="MINUTES", help="of retention: half a box's width")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not 0 <= args.drift < math.inf:
         parser.error("--drift is a number of minutes from 0 on")
-    return args
-
-
-def main():
-    explain(parse_arguments())
+    explain(args)
 
 
 if __name__ == "__main__":
