@@ -11,10 +11,10 @@ explain it: chance, the order of measurement, drift.
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +42,9 @@ NO_CONFOUNDERS = ["path", "split", "phenotype", "sample_name", "copy", "profile"
 # ---------------------------------------------------------------- what a title says, and who votes
 def cautions(config):
     """What every table and title that quotes a run must say about it; an ordinary run gives an empty list."""
-    notes = []
-    if config["weights_origin"] in ("no network", "random initialisation"):
-        notes.append(config["weights_origin"])
+    origin, notes = config["weights_origin"], []
+    if origin in ("no network", "random initialisation"):
+        notes.append(origin)
     if config["settings"]["shuffle_labels"]:
         notes.append("trained on shuffled labels")
     return notes
@@ -179,9 +179,8 @@ def judge(labels, logits, groups, threshold=0.5):
         drawn = owners.groupby(owners).sample(frac=1, replace=True, random_state=rng).index
         i = np.concatenate([rows[group] for group in drawn])
         resamples.append(metrics_of(labels[i], logits[i], threshold))
-    resamples = pd.DataFrame(resamples)
+    resamples = pd.DataFrame(resamples).dropna(axis=1, thresh=0.95 * RESAMPLES)  # without what is often undefined
     table[limits] = resamples.quantile([0.025, 0.975]).T
-    table.loc[resamples.isna().mean() > 0.05, limits] = np.nan  # too often undefined
     if len(owners) < len(labels):
         return table
     called = called_class(probabilities, threshold)
@@ -228,14 +227,14 @@ def confounders_of(pictures):
         aucs = [roc_auc(label == k, ranks) for k in sorted(by_class.groups, reverse=True)]
         test = kruskal(*[of_class for _, of_class in by_class])
         rows[name] = max(aucs, key=lambda auc: abs(auc - 0.5)), test.pvalue
-    table = pd.DataFrame.from_dict(rows, "index", columns=["auc", "q"])
+    table = pd.DataFrame.from_dict(rows, "index", dtype=float, columns=["auc", "q"])  # empty it is float, too
     table["q"] = false_discovery_control(table["q"])
     return table
 
 
 def flagged(confounders):
     """Names of what tells the classes apart by itself, beyond chance and not by a little."""
-    return list(confounders.index[(confounders["q"] < 0.05) & (abs(confounders["auc"] - 0.5) > 0.2)])
+    return list(confounders.query("q < 0.05 and abs(auc - 0.5) > 0.2").index)
 
 
 # ---------------------------------------------------------------- one run, or several that vote
@@ -446,7 +445,8 @@ def row_of(run):
     }
     if fold is not None:
         pictures = read_held_out(run)
-        row |= judged("val", [(torch.tensor(logits_in(pictures)), torch.tensor(pictures["label"]))])
+        logits = torch.tensor(pictures.filter(like="logit_").to_numpy())
+        row |= judged("val", [(logits, torch.tensor(pictures["label"]))])
     return row
 
 
@@ -456,13 +456,10 @@ def read_held_out(run):
     return pd.read_csv(Path(run) / "held_out.csv", dtype=types, keep_default_na=False)  # a person may be called NA
 
 
-def logits_in(held_out):
-    return held_out.filter(regex="^logit_").dropna(axis=1).to_numpy()  # (N, 1 or K)
-
-
 def pooled_metrics(pictures):
     """'value (low-high)' of each metric over the held-out pictures of all folds of a training."""
-    table = judge(pictures["label"].to_numpy(), logits_in(pictures), pictures["group"].to_numpy())
+    logits = pictures.filter(like="logit_").dropna(axis=1).to_numpy()
+    table = judge(pictures["label"].to_numpy(), logits, pictures["group"].to_numpy())
     text = table.apply(lambda row: "{value:.3f} ({low:.3f}-{high:.3f})".format(**row), axis=1)
     return text.str.removesuffix(" (nan-nan)")
 
@@ -484,7 +481,7 @@ def dunn(groups):
     ranks = rankdata(np.concatenate(groups))
     variance = ranks.var(ddof=1)  # n (n + 1) / 12 without ties, and less by Dunn's correction with them
     ends, p = np.cumsum([len(group) for group in groups]), []
-    for a, b in itertools.combinations(np.split(ranks, ends[:-1]), 2):
+    for a, b in combinations(np.split(ranks, ends[:-1]), 2):
         error = np.sqrt(variance * (1 / len(a) + 1 / len(b)))
         p.append(2 * norm.sf(abs(a.mean() - b.mean()) / error))
     return p
@@ -492,7 +489,7 @@ def dunn(groups):
 
 def tests_of(replicates, metrics):
     """Table of p values by metric, those of the pairs adjusted after Benjamini and Hochberg."""
-    pairs = [f"{a} / {b}" for a, b in itertools.combinations(replicates, 2)]
+    pairs = [f"{a} / {b}" for a, b in combinations(replicates, 2)]
     tests = pd.DataFrame(np.nan, ["Kruskal-Wallis", *pairs], metrics)
     for name in metrics:
         groups = [rows[name].to_numpy() for rows in replicates.values()]
@@ -506,10 +503,10 @@ def draw_replicates(path, replicates, metrics):
     """Article, Figures 1 and 3: median of each metric, standard deviation as error bar, a dot for each replicate."""
     size = (3 + 2.1 * len(metrics), 1.8 + 0.5 * len(replicates))
     title = "Replicates on validation pictures: median, standard deviation, each run"
-    ticks = {label.replace(" (", "\n("): rows for label, rows in replicates.items()}
     with figure(path, title, size, ncols=len(metrics), sharey=True, squeeze=False) as axes:
         for ax, name in zip(axes[0], metrics, strict=True):
-            for tick, rows in ticks.items():
+            for label, rows in replicates.items():
+                tick = label.replace(" (", "\n(")
                 ax.barh(tick, rows[name].median(), xerr=rows[name].std(), color="lightsteelblue", capsize=3)
                 ax.plot(rows[name], [tick] * len(rows), "k.", alpha=0.7)
             ax.set_xlabel(name)
@@ -522,9 +519,9 @@ def compare(runs, out):
     metrics = [name for name in COMPARED if name in table]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns="settings"))
-    columns = ["data_set", "backbone", "parameters_millions", "best_epoch"]
-    columns += [name.replace("val_", "train_") for name in metrics]
-    columns += [*metrics, "chance_loss", "seconds", "seed", "fold", "notes"]
+    trained = [name.replace("val_", "train_") for name in metrics]
+    columns = ["data_set", "backbone", "parameters_millions", "best_epoch", *trained, *metrics]
+    columns += ["chance_loss", "seconds", "seed", "fold", "notes"]
     parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table[columns]}
     folds = table["run"][table["fold"] != ""]
     if len(folds):
@@ -543,9 +540,8 @@ def compare(runs, out):
     seeds = {name: rows for name, rows in replicates.items() if (rows["fold"] == "").all() and "shuffled" not in name}
     if len(seeds) > 1:
         parts[f"p values. {DUNN}"] = tests_of(seeds, metrics)
-    text = []
-    for title, part in parts.items():
-        text.append(f"{title}\n\n```\n{part.to_string(float_format='{:.3g}'.format)}\n```")
+    numbers = "{:.3g}".format
+    text = [f"{title}\n\n```\n{part.to_string(float_format=numbers)}\n```" for title, part in parts.items()]
     write_text(out / "comparison.md", "\n\n".join(text))
     print(*text, f"results: {out}/", sep="\n\n")
 

@@ -5,21 +5,18 @@
     python explain.py --class control --layers layer2 --n 4 --out control
     python explain.py --input pooled.mzML new_run.mzML.gz
 
-Two questions about a feature. t (Welch's test): do the phenotypes differ here, in these runs? evidence, the correlation
-of its intensity with the network's probability from run to run: do the calls go with it? Its size ranks the features,
-its sign is the direction, up or down in the class. What whole pictures have in common, batches and drift, is taken out
-first. Heat (LayerCAM) shows roughly where a picture's probability comes from, and whatever is bright.
+t (Welch's test): do the phenotypes differ at a feature's place, in these runs? evidence, the correlation of intensity
+there with the network's probability from run to run: do its calls go with it? Its size ranks the features, its sign is
+the direction. Heat (LayerCAM) shows roughly where a picture's probability comes from, and whatever is bright.
 
 Neither proves a cause: a network needs only some of the compounds that differ, and neighbours in a box (in_box) look
 the same to it. q speaks of the calls, right or wrong. The ranking takes all pictures; those trained on are called by
 heart, so that evidence comes near to t, and --split test asks only for the calls of unseen ones, which are fewer.
 
-Written to RUN/explain/: cam_grid.png, overlay.png, features.csv, and inclusion.csv, those of q below 0.05 as Orbitraps
-import a mass list.
+Written to RUN/explain/: cam_grid.png, overlay.png, features.csv, and inclusion.csv, as Orbitraps import a mass list.
 """
 
 import argparse
-import functools
 import math
 import re
 from pathlib import Path
@@ -31,9 +28,8 @@ import torch
 from matplotlib.colors import PowerNorm
 from scipy import ndimage
 from scipy.sparse.linalg import eigsh
-from scipy.stats import false_discovery_control, t, ttest_ind
+from scipy.stats import beta, false_discovery_control, ttest_ind
 from torch import nn
-from torch.nn import functional as F
 from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
@@ -51,7 +47,7 @@ class Scores(nn.Module):
         super().__init__()
         self.model = model
         for module in model.modules():
-            if getattr(module, "inplace", False):
+            if hasattr(module, "inplace"):
                 module.inplace = False  # it would overwrite the activation that a hook keeps
 
     def forward(self, x):
@@ -60,11 +56,10 @@ class Scores(nn.Module):
 
 
 def choose_layers(model, names=None):
-    """Modules of the backbone to explain, {name: module}; none where the head sees the picture alone.
+    """[names of modules of the backbone to explain]; none where the head sees the picture alone.
 
-    Default: the finest map that the head sees, or where that is the network's last one, the deepest layer (of those
-    that timm lists) whose map is at least a quarter of the picture's side, or else the last of the finest. Deeper
-    layers mix retention times and masses, and look up to 7 % of the axis away from where upsampling paints them.
+    Default: the finest map that the head sees, or where that is the network's last one, the deepest of a quarter of the
+    picture's side or more: deeper ones look up to 7 % of the axis away from where upsampling paints them.
     """
     modules = dict(model.backbone.named_modules())
     stages = list(getattr(model.backbone, "feature_info", []))
@@ -77,19 +72,17 @@ def choose_layers(model, names=None):
     names = names or []
     for name in names:
         if name not in modules:
-            known = ", ".join(stage["module"] for stage in stages if stage["module"] in modules) or "none"
+            listed = [stage["module"] for stage in stages if stage["module"] in modules]
+            known = ", ".join(listed) or "none"
             raise InputError(f"--layers {name!r} is no layer of this backbone; those that timm lists: {known}")
-    return {name: modules[name] for name in names}
+    return names
 
 
 def heat_maps(model, layers, recipe, pictures, k):
-    """Yield LayerCAM of class k, unnormalised, in numpy (height, width), of each picture uint8 (height, width).
-
-    Several layers are fused as torchcam does.
-    """
-    to_map = functools.partial(to_channels_first, backbone=model.backbone)
+    """Yield LayerCAM of class k, unnormalised, layers fused, of each picture uint8 (height, width), in its shape."""
     scores = Scores(model).eval()
-    with LayerCAM(scores, list(layers.values()), reshape_transform=to_map) as cam:
+    targets = [f"model.backbone.{name}" for name in layers]
+    with LayerCAM(scores, targets, reshape_transform=lambda y: to_channels_first(y, model.backbone)) as cam:
         for picture in tqdm(pictures, desc="heat", unit="picture", disable=None, leave=False):
             x = inputs_of(model, recipe, [picture]).to(DEVICE).requires_grad_(True)
             try:
@@ -106,20 +99,22 @@ def to_channels_first(y, backbone):
         grid_size = getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or square
         y = y[:, -math.prod(grid_size) :]  # class and register tokens come first and have no place
         return y.transpose(1, 2).unflatten(2, grid_size)
-    return y.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else y
+    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
+        return y.permute(0, 3, 1, 2)
+    return y
 
 
 def resized(maps, shape):
     """Maps (N, h, w) -> (N, *shape)."""
-    return F.interpolate(maps[:, None], shape, mode="bilinear", align_corners=False)[:, 0]
+    return nn.functional.interpolate(maps[:, None], shape, mode="bilinear", align_corners=False)[:, 0]
 
 
 # ---------------------------------------------------------------- evidence: what goes with the calls
 def local_intensity(picture, recipe, drift):
     """Mean log intensity (height, width) within `drift` minutes of each pixel: retention differs from run to run.
 
-    Where each time was divided by its highest bin (rt), a strong compound makes all that elutes with it look weaker:
-    there the mean of a window twenty times taller in m/z is subtracted.
+    With --normalize rt a strong compound makes all that elutes with it look weaker: there the mean of a window twenty
+    times taller in m/z is subtracted.
     """
     levels = picture / np.float32(255)
     wide = 2 * round(drift / recipe.bin_size()[0]) + 1
@@ -132,31 +127,31 @@ def local_intensity(picture, recipe, drift):
 
 def blocks_of(intensities):
     """Yield (columns, float32 block) of intensities (N, P), a few million numbers at a time."""
-    width = max(1, 2**23 // len(intensities))
+    width = 2**23 // len(intensities)
     for first in range(0, intensities.shape[1], width):
         columns = slice(first, first + width)
         yield columns, intensities[:, columns].astype(np.float32)
 
 
-def common_components(intensities, p, n=2, most=0.1):
-    """Unit vectors (N, n or fewer): what whole pictures, intensities (N, P), have in common, but for the class itself.
+def common_components(intensities, p, most=0.1):
+    """Unit vectors (N, 2 or fewer): what whole pictures, intensities (N, P), have in common, but for the class itself.
 
     Batches and drift change whole pictures, and by chance go with the probabilities p (N,) a little. They are the first
-    n principal components of the pictures, as of genotypes they are the populations (Price et al. 2006). A component
+    two principal components of the pictures, as of genotypes they are the populations (Price et al. 2006). A component
     that explains `most` of the variance of p or more is taken for the class itself, and is left out.
     """
     gram = np.zeros((len(p), len(p)))
     for _, x in blocks_of(intensities):
         x -= x.mean(axis=0)
         gram += x @ x.T
-    _, components = eigsh(gram, k=n)
+    _, components = eigsh(gram, k=2)
     p = p - p.mean()
     explained = (components.T @ p) ** 2 / (p @ p)
     return components[:, explained < most]
 
 
 def cleared(x, components):
-    """x (N,) or (N, P), a row a picture, less its mean and the components (N, n)."""
+    """x (N,) or (N, P), a row a picture, less its mean and the components (N, 2)."""
     x = x - x.mean(axis=0)
     return x - components @ (components.T @ x)
 
@@ -191,8 +186,8 @@ def column_of(kind, titles):
 def read_features(path, recipe, query=None):
     """Table of features inside the axes, columns cleaned, with rt (minutes), mz and name found by the usual titles.
 
-    An export of MS-DIAL, Progenesis, mzmine or XCMS (up to nine lines before the header) or any table with rt, mz and
-    name. The query is pandas', on the cleaned names; whoever types it owns the shell, so it may do what pandas lets it.
+    An export of MS-DIAL, Progenesis, mzmine or XCMS (up to nine lines before the header) or any table with these three.
+    The query is pandas', on the cleaned names; whoever types it owns the shell, so it may do what pandas lets it.
     """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         lines = [list(map(clean_title, re.split("[,;\t]", line))) for line in file.readlines()[:10]]
@@ -207,7 +202,7 @@ def read_features(path, recipe, query=None):
     for kind, title in (("rt", rt), ("mz", mz)):
         values = pd.to_numeric(table[title], errors="coerce")
         if values.isna().any():
-            row = int(values.isna().argmax())
+            row = values.isna().argmax()
             raise InputError(f"{path}, row {row + header + 2}: {title} {table[title][row]} is not a number")
         table[kind] = values
     table["name"] = table[name].astype(object).fillna("").astype(str) if name else ""
@@ -231,19 +226,16 @@ def at_places(maps, table, recipe):
     """Value (..., F) of maps (..., height * width) at the place of each feature."""
     width, height = recipe.bins
     x, y = recipe.to_fraction(table["rt"], table["mz"])
-    columns, rows = (x * width).astype(int), (y * height).astype(int)
-    return maps[..., rows.clip(0, height - 1) * width + columns.clip(0, width - 1)]
+    column = (x * width).astype(int).clip(max=width - 1)
+    row = (y * height).astype(int).clip(max=height - 1)
+    return maps[..., row * width + column]
 
 
 def tests_of_calls(r, n_free):
-    """Table of the direction of evidence r (F,), Pearson's p value with n_free degrees of freedom, and its q.
-
-    q: the share of chance among the features up to this one (Benjamini and Hochberg).
-    """
-    statistic = abs(r) * np.sqrt(n_free / np.maximum(1 - r**2, 1e-12))
-    table = pd.DataFrame({"direction": np.where(r > 0, "up", "down"), "p": 2 * t.sf(statistic, n_free)})
-    table["q"] = false_discovery_control(table["p"])
-    return table
+    """Table of direction, Pearson's p and Benjamini and Hochberg's q of evidence r (F,), n_free degrees of freedom."""
+    p = 2 * beta.sf(abs(r), n_free / 2, n_free / 2, loc=-1, scale=2)  # Pearson's r of chance is a beta from -1 to 1
+    direction = np.where(r > 0, "up", "down")
+    return pd.DataFrame({"direction": direction, "p": p, "q": false_discovery_control(p)})
 
 
 def tests_of_phenotypes(intensities, of_class):
@@ -257,16 +249,13 @@ def tests_of_phenotypes(intensities, of_class):
 
 
 def rank_features(table, evidence, tests, half_box):
-    """The features by size of evidence (F,), with their tests, and how many others lie in the box of each, in_box.
-
-    half_box: minutes and m/z to each side of a feature.
-    """
+    """The features by size of evidence (F,), with their tests, and how many others lie within half_box, in_box."""
     own = table[["rt", "mz", "name"]].assign(evidence=abs(evidence)).join(tests)
     places = table[["rt", "mz"]].to_numpy()
     own["in_box"] = [(abs(places - place) <= half_box).all(axis=1).sum() - 1 for place in places]
     ranking = own.join(table.drop(columns=["rank", *own], errors="ignore"))  # but for columns of an earlier answer
     ranking = ranking.sort_values("evidence", ascending=False, kind="stable")
-    ranking.insert(0, "rank", np.arange(1, len(ranking) + 1))
+    ranking.insert(0, "rank", range(1, len(ranking) + 1))
     return ranking
 
 
@@ -281,7 +270,7 @@ def inclusion_list(table, drift):
 # ---------------------------------------------------------------- figures
 def cam_grid(path, shown, pictures, maps, recipe, title):
     """Article Figure 6: pictures with their phenotype and probability, map over picture, all maps on one scale."""
-    n = math.ceil(math.sqrt(len(shown)))
+    n = math.ceil(len(shown) ** 0.5)
     size = (3.4 * n + 2, 3 * n + 1)
     scale = PowerNorm(0.5, 0, np.max(maps) or 1)  # the root shows weaker spots, too
     with figure(path, title, size, nrows=n, ncols=n, sharex=True, sharey=True, squeeze=False) as axes:
@@ -294,26 +283,25 @@ def cam_grid(path, shown, pictures, maps, recipe, title):
 
 
 def overlay(path, evidence, class_name, table, recipe, title):
-    """Article Figures 7 and 8: features over the evidence, up or down in the class, the first of the ranking by name.
-
-    Names stand in a column beside the map, in the order of m/z, each joined to its point: they cannot overlap.
-    """
+    """Article Figures 7 and 8: features over the evidence, up or down in the class, the first of the ranking named."""
     with figure(path, title, (11, 6.5)) as axis:
         highest = abs(evidence).max()
         shown = show(axis, evidence, recipe, cmap="RdBu_r", vmin=-highest, vmax=highest)
         label = f"evidence: red up, blue down in {class_name}"
         axis.figure.colorbar(shown, ax=axis, location="bottom", shrink=0.9, aspect=40, label=label)
         first = table.head(10).sort_values("mz").reset_index(drop=True)
-        axis.plot(table["rt"], table["mz"], "o", markersize=2.5, color="0.45", label="feature")
-        axis.plot(first["rt"], first["mz"], "ko", markersize=11, fillstyle="none", label=f"first {len(first)}")
+        axis.plot("rt", "mz", "o", data=table, markersize=2.5, color="0.45", label="feature")
+        axis.plot("rt", "mz", "ko", data=first, markersize=11, fillstyle="none", label=f"first {len(first)}")
+        certain = table[table["q"] < 0.05]
         for direction, marker, color in (("up", "^", "darkred"), ("down", "v", "navy")):
-            found = table[(table["direction"] == direction) & (table["q"] < 0.05)]
-            axis.plot(found["rt"], found["mz"], marker, color=color, mec="white", label=f"{direction}, q < 0.05")
+            found = certain[certain["direction"] == direction]
+            axis.plot("rt", "mz", marker, data=found, color=color, mec="white", label=f"{direction}, q < 0.05")
+        # Names stand in a column beside the map, in the order of m/z, each joined to its point: they cannot overlap.
+        line = {"arrowstyle": "-", "color": "0.4", "lw": 0.6, "relpos": (0, 0.5)}
+        beside = {"textcoords": "axes fraction", "va": "center", "fontsize": 8, "arrowprops": line}
         for row in first.itertuples():
             text = f"{row.rank}. {row.name[:34] or 'unknown'}\n    {row.rt:.2f} min, m/z {row.mz:.3f}"
-            beside = {"xytext": (1.03, (row.Index + 0.5) / len(first)), "textcoords": "axes fraction", "va": "center"}
-            line = {"arrowstyle": "-", "color": "0.4", "lw": 0.6, "relpos": (0, 0.5)}
-            axis.annotate(text, (row.rt, row.mz), fontsize=8, arrowprops=line, **beside)
+            axis.annotate(text, (row.rt, row.mz), (1.03, (row.Index + 0.5) / len(first)), **beside)
         axis.set(xlabel="retention time (min)", ylabel="m/z")
         axis.legend(loc="upper left", fontsize=8)
 
@@ -323,20 +311,23 @@ def explain(args):
     run = find_run(args.run)
     model, checkpoint = load_run(run)
     model = timm.utils.reparameterize_model(model)  # branches fused (MobileOne, RepVGG): the same in less time
-    recipe, classes = checkpoint["recipe"], checkpoint["config"]["classes"]
+    recipe, config = checkpoint["recipe"], checkpoint["config"]
+    classes = config["classes"]
     class_name = args.class_name or classes[-1]
     if class_name not in classes:
         raise InputError(f"--class {class_name!r} is not one of {', '.join(classes)}")
-    k, layers = classes.index(class_name), choose_layers(model, args.layers)
-    title = title_of([checkpoint], f"{checkpoint['config']['data_set']}, class '{class_name}'")
+    k = classes.index(class_name)
+    layers = choose_layers(model, args.layers)
+    title = title_of([checkpoint], f"{config['data_set']}, class '{class_name}'")
     print(title)
+    data = args.data or config["settings"]["data"]
     if args.input:
         table, pictures = read_files(files_of(args.input), recipe)
     else:
-        table, pictures = read_split(checkpoint, args.data, args.split)
-    path = Path(args.features or Path(args.data or checkpoint["config"]["settings"]["data"]) / "features.csv")
-    # Before the work: a bad table should not cost two minutes.
-    features = read_features(path, recipe, args.query) if args.features or args.query or path.exists() else None
+        table, pictures = read_split(checkpoint, data, args.split)
+    path, features = Path(args.features or Path(data) / "features.csv"), None
+    if args.features or args.query or path.exists():
+        features = read_features(path, recipe, args.query)  # before the work: a bad table should not cost two minutes
 
     [probabilities] = votes_of([model], recipe, pictures)  # (N, K)
     p = probabilities[:, k]
@@ -347,7 +338,8 @@ def explain(args):
         shown = in_turn(table, args.n)
         of_shown = [pictures[i] for i in shown.index]
         maps = list(heat_maps(model, layers, recipe, of_shown, k))
-        cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {', '.join(layers)}; {title}")
+        heading = f"LayerCAM at {', '.join(layers)}; {title}"
+        cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, heading)
     else:
         print("pixels: no network, so there is no cam_grid.png")
 
@@ -363,15 +355,17 @@ def explain(args):
         calls = tests_of_calls(at_features, len(p) - 2 - components.shape[1])
         known = table["phenotype"].isin(classes)
         of_class = (table["phenotype"] == class_name).where(known).to_numpy(float)  # nan where unknown
-        phenotypes = tests_of_phenotypes(at_places(measured, features, recipe).astype(float), of_class)
-        half_box = np.array([args.drift, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]])
+        intensities = at_places(measured, features, recipe).astype(float)
+        phenotypes = tests_of_phenotypes(intensities, of_class)
+        half_box = [args.drift, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]]
         ranking = rank_features(features, at_features, calls.join(phenotypes), half_box)
         write_table(out / "features.csv", ranking)
         write_table(out / "inclusion.csv", inclusion_list(ranking, args.drift))
         columns = ["rank", "rt", "mz", "evidence", "direction", "q", "t", "t_q", "in_box", "name"]
         print(ranking[columns].head(10).to_string(index=False, float_format="{:.3g}".format))
         map_ = evidence.reshape(pictures[0].shape)
-        overlay(out / "overlay.png", map_, class_name, ranking, recipe, f"Features over the evidence; {title}")
+        heading = f"Features over the evidence; {title}"
+        overlay(out / "overlay.png", map_, class_name, ranking, recipe, heading)
     print(f"{len(table)} pictures explained in {out}")
 
 
