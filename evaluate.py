@@ -214,8 +214,7 @@ def ranks_of(column):
 def confounders_of(pictures):
     """Table of what else is known of each run: can it tell the classes apart alone?
 
-    auc: of the class that it tells best from the others (of two: class 1); q: of a Kruskal-Wallis test, after Benjamini
-    and Hochberg.
+    auc: of the class that it tells best from the others; q: of Kruskal and Wallis, after Benjamini and Hochberg.
     """
     rows = {}
     for name, column in pictures.drop(columns=NO_CONFOUNDERS, errors="ignore").items():
@@ -239,10 +238,7 @@ def flagged(confounders):
 
 # ---------------------------------------------------------------- one run, or several that vote
 def evaluate(runs, home, args):
-    """Judge a run, or several that vote, on one split; results go to --out or `home`, of other data to its folders.
-
-    Writes metrics.json, predictions.csv, test.png and prediction_matrix.png, and prints the same.
-    """
+    """Judge a run, or several that vote, on one split; results go to --out or `home`, of other data to its folders."""
     models, checkpoints = load_members(runs)
     checkpoint = checkpoints[0]
     recipe, classes = checkpoint["recipe"], checkpoint["config"]["classes"]
@@ -389,7 +385,7 @@ def label_axes(axes):
 
 # ---------------------------------------------------------------- new raw runs
 def predict_files(runs, args):
-    """Table of the probabilities of raw runs; the exit status is 1 if one of them could not be read."""
+    """Table of the probabilities of raw runs or pictures; the exit status is 1 if one could not be read."""
     if args.out and Path(args.out).exists():
         raise InputError(f"--out {args.out} exists already; give another name")
     models, checkpoints = load_members(runs)
@@ -420,10 +416,7 @@ def runs_below(paths):
 
 
 def row_of(run):
-    """A run in a comparison: its best epoch by validation loss; `settings` are what its replicates share.
-
-    A fold has chosen its epoch on its validation pictures, and is judged here on those that it held out.
-    """
+    """A run in a comparison: its best epoch by validation loss, but a fold is judged on what it held out."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     settings = config["settings"]
     seed, fold = settings.pop("seed"), settings.pop("fold")
@@ -441,7 +434,7 @@ def row_of(run):
         "chance_loss": config["chance_loss"],
         "notes": ", ".join(cautions(config)),
         "run": str(run),
-        "settings": json.dumps(settings),
+        "settings": json.dumps(settings),  # what replicates share
     }
     if fold is not None:
         pictures = read_held_out(run)
@@ -480,7 +473,7 @@ def dunn(groups):
     """p values of Dunn's test for each pair of groups of values, with the correction for ties (Dunn 1964)."""
     ranks = rankdata(np.concatenate(groups))
     variance = ranks.var(ddof=1)  # n (n + 1) / 12 without ties, and less by Dunn's correction with them
-    ends, p = np.cumsum([len(group) for group in groups]), []
+    ends, p = np.cumsum(list(map(len, groups))), []
     for a, b in combinations(np.split(ranks, ends[:-1]), 2):
         error = np.sqrt(variance * (1 / len(a) + 1 / len(b)))
         p.append(2 * norm.sf(abs(a.mean() - b.mean()) / error))
@@ -566,11 +559,11 @@ def main():
         return predict_files(runs, args)
     if len(runs) == 1:
         return evaluate(runs, runs[0], args)
-    common = Path(args.runs[0])
+    common = args.runs[0]
     if len(args.runs) > 1:
-        common = Path(os.path.commonpath([run.resolve() for run in runs]))
+        common = os.path.commonpath([run.resolve() for run in runs])
     if args.ensemble:
-        return evaluate(runs, common / "ensemble", args)
+        return evaluate(runs, Path(common) / "ensemble", args)
     if args.data or args.split != "test" or args.threshold != 0.5:
         parser.error(f"--data, --split and --threshold take one run, or --ensemble, not {len(runs)} runs to compare")
     return compare(runs, Path(args.out or common))

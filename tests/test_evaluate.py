@@ -323,6 +323,12 @@ def test_a_raw_run_gives_what_its_picture_gives_and_a_bad_one_costs_no_other(two
         assert table["probability_user"][name] == pytest.approx(expected["probability_user"][name], abs=1e-6)
         assert table["called"][name] == expected["called"][name] and table["warning"][name] == ""
     assert "total_intensity" in table["warning"]["short"] and "rt_last is 5 (training" in table["warning"]["short"]
+    pictures = sorted(data.glob("test/*/*.png"))
+    assert run("evaluate.py", folder, "--predict", *pictures, "--out", "png.csv", cwd=tmp_path) == (0, "")
+    of_pictures = pd.read_csv(tmp_path / "png.csv")
+    probabilities = [expected["probability_user"][picture.stem] for picture in pictures]
+    assert of_pictures["probability_user"].to_numpy() == pytest.approx(probabilities, abs=1e-6)
+    assert of_pictures["warning"].str.contains("how its run was measured is unknown").all()
     content = (tmp_path / "new.csv").read_bytes()
     status, line = run("evaluate.py", folder, "--predict", good[0], "--out", "new.csv", cwd=tmp_path)
     assert status == 1 and "exists already" in line and (tmp_path / "new.csv").read_bytes() == content
