@@ -226,8 +226,8 @@ def at_places(maps, table, recipe):
     """Value (..., F) of maps (..., height * width) at the place of each feature."""
     width, height = recipe.bins
     x, y = recipe.to_fraction(table["rt"], table["mz"])
-    column = (x * width).astype(int).clip(max=width - 1)
-    row = (y * height).astype(int).clip(max=height - 1)
+    column = np.minimum((x * width).astype(int), width - 1)
+    row = np.minimum((y * height).astype(int), height - 1)
     return maps[..., row * width + column]
 
 
@@ -260,8 +260,8 @@ def rank_features(table, evidence, tests, half_box):
 
 
 def inclusion_list(table, drift):
-    """The features of q < 0.05 in the columns of an Orbitrap's mass list; charge 1 is assumed."""
-    table = table[table["q"] < 0.05]
+    """The features of q < 0.05 (or without q) in the columns of an Orbitrap's mass list; charge 1 is assumed."""
+    table = table[~(table["q"] >= 0.05)]
     columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"], "z": 1}
     columns |= {"t start (min)": (table["rt"] - drift).clip(0), "t stop (min)": table["rt"] + drift}
     return pd.DataFrame(columns).round(5)
@@ -282,13 +282,12 @@ def cam_grid(path, shown, pictures, maps, recipe, title):
         label_axes(axes)
 
 
-def overlay(path, evidence, class_name, table, recipe, title):
+def overlay(path, evidence, meaning, table, recipe, title):
     """Article Figures 7 and 8: features over the evidence, up or down in the class, the first of the ranking named."""
     with figure(path, title, (11, 6.5)) as axis:
-        highest = abs(evidence).max()
+        highest = abs(evidence).max() or 1
         shown = show(axis, evidence, recipe, cmap="RdBu_r", vmin=-highest, vmax=highest)
-        label = f"evidence: red up, blue down in {class_name}"
-        axis.figure.colorbar(shown, ax=axis, location="bottom", shrink=0.9, aspect=40, label=label)
+        axis.figure.colorbar(shown, ax=axis, location="bottom", shrink=0.9, aspect=40, label=meaning)
         first = table.head(10).sort_values("mz").reset_index(drop=True)
         axis.plot("rt", "mz", "o", data=table, markersize=2.5, color="0.45", label="feature")
         axis.plot("rt", "mz", "ko", data=first, markersize=11, fillstyle="none", label=f"first {len(first)}")
@@ -344,28 +343,34 @@ def explain(args):
         print("pixels: no network, so there is no cam_grid.png")
 
     if features is not None:
-        if len(table) < FEWEST or len(set(called_class(probabilities))) == 1:
-            raise InputError(f"all are called alike, or they are fewer than {FEWEST}: there is no evidence to rank by")
         measured = np.empty((len(pictures), pictures[0].size), np.float16)  # (N, height * width)
         for i, picture in enumerate(tqdm(pictures, desc="evidence", disable=None, leave=False)):
             measured[i] = local_intensity(picture, recipe, args.drift).ravel()
-        components = common_components(measured, p)
-        evidence = evidence_of(measured, p, components)
-        at_features = at_places(evidence, features, recipe)
-        calls = tests_of_calls(at_features, len(p) - 2 - components.shape[1])
+        if len(table) >= FEWEST and len(set(called_class(probabilities))) > 1:
+            components = common_components(measured, p)
+            evidence, meaning = evidence_of(measured, p, components), f"evidence: red up, blue down in {class_name}"
+            calls = tests_of_calls(at_places(evidence, features, recipe), len(p) - 2 - components.shape[1])
+        elif layers:
+            print(f"all are called alike, or they are fewer than {FEWEST}: in place of evidence stands their mean heat")
+            evidence = sum(heat_maps(model, layers, recipe, pictures, k)).ravel() / len(pictures)
+            meaning = "mean heat, in place of evidence"
+            calls = pd.DataFrame({"direction": "", "p": np.nan, "q": np.nan}, features.index)
+        else:
+            raise InputError(f"all are called alike, or they are fewer than {FEWEST}: there is no evidence to rank by")
         known = table["phenotype"].isin(classes)
         of_class = (table["phenotype"] == class_name).where(known).to_numpy(float)  # nan where unknown
         intensities = at_places(measured, features, recipe).astype(float)
         phenotypes = tests_of_phenotypes(intensities, of_class)
         half_box = [args.drift, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]]
-        ranking = rank_features(features, at_features, calls.join(phenotypes), half_box)
+        tests = calls.join(phenotypes)
+        ranking = rank_features(features, at_places(evidence, features, recipe), tests, half_box)
         write_table(out / "features.csv", ranking)
         write_table(out / "inclusion.csv", inclusion_list(ranking, args.drift))
         columns = ["rank", "rt", "mz", "evidence", "direction", "q", "t", "t_q", "in_box", "name"]
         print(ranking[columns].head(10).to_string(index=False, float_format="{:.3g}".format))
         map_ = evidence.reshape(pictures[0].shape)
         heading = f"Features over the evidence; {title}"
-        overlay(out / "overlay.png", map_, class_name, ranking, recipe, heading)
+        overlay(out / "overlay.png", map_, meaning, ranking, recipe, heading)
     print(f"{len(table)} pictures explained in {out}")
 
 

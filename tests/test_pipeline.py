@@ -42,7 +42,7 @@ def test_a_cohort_with_three_phenotypes_other_columns_and_other_ranges_goes_the_
     (tmp_path / "samples.csv").write_text("\r\n".join(table), encoding="utf-8-sig")
     (tmp_path / "peaks.txt").write_text("compound\tretention time\tm/z\nfirst\t2.5\t300\nsecond\t20\t300\n")
     conversion = ["--bins", 64, "--rt-range", 1, 9, "--mz-range", 150, 800, "--group-by", "mouse"]
-    options = [*TINY, "--positive", "b", "--finetune", "head"]  # solved, so that not all are called alike
+    options = [*TINY, "--positive", "b"]
     explanation = ["--class", "c", "--features", tmp_path / "peaks.txt"]
     flags = conversion, options, explanation
     pictures, run_folder = whole_way(tmp_path, demo / "raw", tmp_path / "samples.csv", *flags)
