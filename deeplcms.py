@@ -147,8 +147,8 @@ def read_run(path, min_intensity=0.0, only_polarity=""):
     """What a run says of itself, and an iterator over its MS1 scans (retention time in minutes, m/z, intensity).
 
     It says its polarity ("+", "-" or, unknown, ""), n_scans, scan_kinds and, if known, start_time. pyopenms tells mzML
-    from mzXML, unpacks .gz and .bz2, knows the time's unit and sorts the m/z. For another instrument's format, ion
-    mobility or MS2, change this function alone.
+    from mzXML, unpacks .gz and .bz2, knows the time's unit and sorts the m/z. For ion mobility or MS2 change this
+    function alone; for another instrument's format RUN, too, the names of its files.
     """
     import pyopenms  # not at the top: --help need not wait for it
 
@@ -212,8 +212,8 @@ def read_run(path, min_intensity=0.0, only_polarity=""):
 def slow_waves(at):
     """Waves (6, n) at fractions (n,) of an axis, as retention drifts along the gradient and sensitivity along m/z.
 
-    c @ waves with six normal numbers c of standard deviation s deviates by s everywhere: sine and cosine of a pair have
-    squares that add up to 1, and pair k counts 1 / k.
+    Six normal random numbers c of standard deviation s make a random curve, c @ waves, whose standard deviation is s at
+    each place: the squares of sine and cosine add up to 1, and pair k has the weight 1 / k.
     """
     phase = np.pi * np.asarray(at)
     waves = []
@@ -230,7 +230,7 @@ def profile_of(picture):
 def drift_of(profile, typical, recipe):
     """Minutes by which a profile (n_rt,) lies later than the typical one, a tenth of the axis at most.
 
-    At this lag the middle of the typical profile correlates best with this one.
+    It is the lag at which the middle of the typical profile and what lies there in this one correlate best.
     """
     n, most = len(profile), len(profile) // 10
     windows = np.lib.stride_tricks.sliding_window_view(profile, n - 2 * most)  # row `most` has no lag
@@ -352,7 +352,7 @@ def label_of(pictures, classes):
 
 
 def probabilities_of(logits):
-    """Logits (N, 1) of class 1, or (N, K), -> probability of each class (N, 2 or K); log p (N, K) gives p again."""
+    """Logits (N, 1) of class 1, or (N, K), -> probability of each class (N, 2 or K). From log p (N, K) it is p."""
     logits = np.asarray(logits, float)
     if logits.shape[1] == 1:
         logits = np.hstack([np.zeros_like(logits), logits])

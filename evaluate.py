@@ -27,7 +27,7 @@ from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, 
 from deeplcms import files_of, find_pictures, first_few, label_of, metrics_of, picture_of_run, probabilities_of
 from deeplcms import profile_of, read_header, read_picture, roc_auc, run_script, warnings_of, write_json, write_table
 from deeplcms import write_text
-from train import figure, find_run, inputs_of, judged, load_run, predict, progress
+from train import best_of, figure, find_run, inputs_of, judged, load_run, predict, progress
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
@@ -35,7 +35,7 @@ DUNN = """Kruskal-Wallis over all groups, then Dunn's test for each pair, adjust
 each metric. Replicates are trainings on the same people: a small p speaks of training, not of new people."""
 FOLDS = """Each picture is judged once, by the fold that held it out: val_ of a fold is on those pictures, which chose
 neither its weights nor its epoch. Fold models are calibrated differently, so distrust a pooled AUC."""
-# Columns of find_pictures that say which run it is, or what it is called, and not how it was measured.
+# Columns of find_pictures that name a run or its class; any other may tell how it was measured.
 NO_CONFOUNDERS = ["path", "split", "phenotype", "sample_name", "copy", "profile", "label", "group", "status"]
 
 
@@ -421,7 +421,7 @@ def row_of(run):
     settings = config["settings"]
     seed, fold = settings.pop("seed"), settings.pop("fold")
     epochs = pd.read_csv(run / "epochs.csv")
-    best = epochs.loc[epochs["val_loss"].idxmin()]
+    best = pd.Series(best_of(epochs.to_dict("records")))
     row = {
         "data_set": config["data_set"],
         "backbone": settings["backbone"],

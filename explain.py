@@ -58,8 +58,8 @@ class Scores(nn.Module):
 def choose_layers(model, names=None):
     """[names of modules of the backbone to explain]; none where the head sees the picture alone.
 
-    Default: the finest map that the head sees, or where that is the network's last one, the deepest of a quarter of the
-    picture's side or more: deeper ones look up to 7 % of the axis away from where upsampling paints them.
+    Default: the finest map that the head sees. Where that is the network's last, which is coarse and looks up to 7 % of
+    the axis away from where upsampling paints it, the deepest map of a quarter of the picture's side.
     """
     modules = dict(model.backbone.named_modules())
     stages = list(getattr(model.backbone, "feature_info", []))
@@ -137,8 +137,8 @@ def common_components(intensities, p, most=0.1):
     """Unit vectors (N, 2 or fewer): what whole pictures, intensities (N, P), have in common, but for the class itself.
 
     Batches and drift change whole pictures, and by chance go with the probabilities p (N,) a little. They are the first
-    two principal components of the pictures, as of genotypes they are the populations (Price et al. 2006). A component
-    that explains `most` of the variance of p or more is taken for the class itself, and is left out.
+    two principal components of the pictures (Price et al. 2006 find populations in genotypes by them). A component that
+    explains `most` of the variance of p or more is taken for the class itself, and is left out.
     """
     gram = np.zeros((len(p), len(p)))
     for _, x in blocks_of(intensities):
@@ -159,7 +159,7 @@ def cleared(x, components):
 def evidence_of(intensities, p, components):
     """Correlation (P,) of intensities (N, P) with the probabilities p (N,), both cleared; 0 where all is constant.
 
-    Phenotypes are unseen. The slope instead would rank by how much a compound varies, too, whatever it goes with.
+    The true phenotypes take no part. A slope in place of the correlation would favour compounds that vary much.
     """
     p = cleared(p, components)
     evidence = np.zeros(intensities.shape[1])
@@ -379,13 +379,13 @@ def main():
     parser.add_argument("run", nargs="?", help="run folder of train.py (default: the newest under runs/)")
     parser.add_argument("--out", metavar="DIR", help="folder for results (default: RUN/explain)")
     add = parser.add_argument_group("pictures").add_argument
-    add("--split", choices=[*SPLITS, "all"], default="all", help="those of train (a fold: and val) are called by heart")
+    add("--split", choices=[*SPLITS, "all"], default="all", help="those that the run was fitted to are called by heart")
     add("--data", metavar="DIR", help="the data set, if it is no longer where the run was trained")
     add("--input", nargs="+", metavar="FILE", help="pictures, raw runs, or folders of raw runs, in place of a split")
     add("--n", type=count, default=9, help="pictures in cam_grid.png")
     add = parser.add_argument_group("map").add_argument
     add("--class", dest="class_name", metavar="NAME", help="phenotype to explain (default: the positive one)")
-    add("--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: the deepest that is not coarse)")
+    add("--layers", nargs="+", metavar="NAME", help="layers of the backbone (default: the finest that the head sees)")
     add = parser.add_argument_group("features").add_argument
     add("--features", metavar="CSV", help="MS-DIAL export or rt (minutes), mz, name (default: the data's features.csv)")
     add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")

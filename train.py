@@ -11,7 +11,8 @@ Article, "Transfer learning", "Hyperparameter optimisation" and "Evaluating the 
     torchrun --nproc-per-node 4 train.py --backbone convnext_large --data data/golestan --finetune all
 
 The same command goes on where it was stopped, or says that it is finished; other settings need another --out or --name.
-Under torchrun W processes with batch size B take the steps of one with W x B, but for statistics of batch norms.
+Under torchrun W processes with batch size B take the steps of one with W x B, but for statistics of batch norms; it is
+for networks that learn as a whole, as each process stores features and solves heads by itself.
 """
 
 import argparse
@@ -210,8 +211,8 @@ class Classifier(nn.Module):
     """Maps of a backbone -> mean of each cell of a grid -> standardise -> linear -> logits (N, K).
 
     scales: [(stride, grid)]. Stride 1 is the picture itself, all that `pixels` has; the last map pooled to one cell is
-    the article's way. An early map on a fine grid keeps a spot and its place on the retention-time and m/z axes. Stored
-    features may stand for inputs.
+    the article's way. An early map on a fine grid keeps a spot and its place on the retention-time and m/z axes. The
+    model takes pictures or their stored features.
     """
 
     def __init__(self, backbone, n_outputs, scales=None, image_size=None, finetune="head", pretrained=False):
@@ -246,8 +247,8 @@ class Classifier(nn.Module):
     def fit_standardize(self, features):
         """Mean and variance of the features (N, F) of pictures.
 
-        Each counts as a hundredth of the typical variance of its map at least, so that what hardly varies here is not
-        blown up when it does later.
+        A variance below a hundredth of its map's mean is raised to that: what hardly varies in these pictures, but does
+        in others, would become huge.
         """
         variance, mean = torch.var_mean(features, 0, correction=0)
         variance = torch.cat([part.clamp(min=0.01 * part.mean()) for part in variance.split(self.blocks)])
@@ -410,25 +411,25 @@ def store_features(model, pictures, recipe, args):
     return {"views": views, "originals": originals.index, "clean": clean}
 
 
-def stored(store, pictures, table):
+def stored(store, table):
     """(views (K, N, F), their labels (K * N,)) of the rows of a table, and of its originals (clean (n, F), labels)."""
     originals = table[~table["copy"]]
-    views = store["views"][:, pictures.index.get_indexer(table.index)]
+    views = store["views"][:, table.index.to_numpy()]  # the index counts all pictures of the command
     clean = store["clean"][store["originals"].get_indexer(originals.index)]
     return views, torch.tensor(list(table["label"])).repeat(len(views)), clean, torch.tensor(list(originals["label"]))
 
 
-def make_loaders(model, table, pictures, recipe, args, store):
+def make_loaders(model, table, recipe, args, store):
     """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
-    table: the rows of `pictures` in this training. Fits the standardisation of a frozen backbone. All views of a
-    picture count as pictures.
+    table: the pictures of this training; each view of one is an item of its own. Fits the standardisation of a frozen
+    backbone.
     """
     part = {split: table[table["split"] == split] for split in ("train", "val")}
     if args.views:
-        views, labels, clean, _ = stored(store, pictures, part["train"])
+        views, labels, clean, _ = stored(store, part["train"])
         train = TensorDataset(views.flatten(0, 1), labels)
-        val = TensorDataset(*stored(store, pictures, part["val"])[2:])
+        val = TensorDataset(*stored(store, part["val"])[2:])
     else:
         train = Pictures(part["train"], training_transform(model, recipe, args))
         val = Pictures(part["val"], to_input(model, recipe))
@@ -437,7 +438,7 @@ def make_loaders(model, table, pictures, recipe, args, store):
         model.fit_standardize(clean)
     options = {"num_workers": 0 if args.views else args.workers, "pin_memory": CUDA}
     sampler = DistributedSampler(train, WORLD, RANK, seed=args.seed)
-    alone = len(sampler) > 1 == len(sampler) % args.batch_size  # a last batch of one has no batch statistics
+    alone = len(sampler) % args.batch_size == 1 and len(sampler) > 1  # one picture has no batch statistics
     mine = range(RANK, len(val), WORLD)
     return {
         "train": DataLoader(train, args.batch_size, sampler=sampler, drop_last=alone, **options),
@@ -599,7 +600,7 @@ def shown_metrics(columns):
 
 
 # ---------------------------------------------------------------- the head of a frozen backbone, solved
-def solve_head(model, table, pictures, args, store, run=None, report=lambda row: None):
+def solve_head(model, table, args, store, run=None, report=lambda row: None):
     """What `fit` returns, with one row: logistic regression on stored features of training and validation pictures.
 
     The head of a frozen backbone is a convex problem, so there is no rate, no order of batches and no epoch to choose;
@@ -608,7 +609,7 @@ def solve_head(model, table, pictures, args, store, run=None, report=lambda row:
     """
     began = time.time()
     table = table[table["split"] != "held out"]
-    views, labels, clean, val_labels = stored(store, pictures, table)
+    views, labels, clean, val_labels = stored(store, table)
     model.eval().fit_standardize(clean)
     with torch.no_grad():
         x = torch.cat([model.head_inputs(part.to(DEVICE)).cpu() for part in (*views, clean)])
@@ -640,7 +641,8 @@ def solve_head(model, table, pictures, args, store, run=None, report=lambda row:
 def coordinates(x):
     """(z (n, d), function) of pictures x (n, F): coordinates with the same inner products, and weights of them -> of x.
 
-    A solution is a sum of pictures, so where these are fewer than features it is looked for among their sums.
+    The best weights are a weighted sum of the pictures. Where these are fewer than features, d is their number, and the
+    problem is small.
     """
     if x.shape[0] >= x.shape[1]:
         return x.double(), lambda weight: weight
@@ -670,11 +672,10 @@ def solved(z, labels, n_outputs):
 def find_lr(model, loaders, args, run=None):
     """Learning rate whose first steps lower the loss and shake nothing; leaves everything else as it was.
 
-    Smith's range test (2017, arXiv:1506.01186) raises the rate from step to step. On small data sets its curve is the
-    progress of the steps before, not of the rate; so here every rate, four a decade, starts from the same weights and
-    takes the first 24 steps of the training that follows. `highest` is the highest training loss of their epochs,
-    `loss` that of the later half of the steps; of a head, which learns few pictures by heart, the validation loss after
-    them. Both go to lr_find.csv and lr_find.png.
+    Smith's range test (2017, arXiv:1506.01186) raises the rate from step to step; on small data sets that shows the
+    progress of the steps, not of the rate. Here every rate, four a decade, starts from the same weights and takes the
+    first 24 steps of the training that follows. `highest` is the highest training loss of their epochs, `loss` that of
+    the later half of the steps, but of a head, which learns few pictures by heart, the validation loss after them.
     """
     loader, n_steps, before = loaders["train"], 24, trained_weights(model)
     epochs = (batches_of(loader, epoch, args) for epoch in itertools.count(1))
@@ -712,7 +713,7 @@ def suggest_lr(curve, frozen):
     """(learning rate, why) of the columns lr, ascending, loss and highest of the range test.
 
     Drops the first rate whose worst epoch exceeds the starting loss by 8 %, and all higher ones. Of the others a head
-    takes the one of lowest loss, a whole network the highest one within a fifth of the start above the lowest.
+    takes the one of lowest loss, a whole network the highest whose loss is at most a fifth of the start above that.
     """
     start = curve["highest"][0]
     harmful = ~(curve["highest"] <= 1.08 * start)  # nan is harm, too
@@ -739,7 +740,7 @@ def classes_of(pictures, positive=None):
 
 
 def shuffled(table, seed):
-    """The control: labels dealt out anew. What belongs together (copies, a group of one label) stays together."""
+    """Labels dealt out anew, as a control. What belongs together (copies, a group of one label) stays together."""
     owner = table.groupby(["group", "label"]).ngroup().to_numpy()
     labels = table["label"].groupby(owner).first().to_numpy()
     return np.random.default_rng(seed).permutation(labels)[owner]
@@ -754,9 +755,9 @@ def fold_of(pictures, n_folds, seed):
 
 
 def table_of(pictures, args):
-    """The pictures of one training: labels and splits as --shuffle-labels and --folds have it, copies to train alone.
+    """The pictures of one training, with the labels of --shuffle-labels and the splits of --folds; copies only train.
 
-    A fold is held out from training and from the choice of the epoch, which is the next fold's.
+    A fold is held out; the next one chooses the epoch.
     """
     table = pictures.copy()
     if args.shuffle_labels:
@@ -817,8 +818,8 @@ def prepare(args, pictures, classes, recipe, store):
             store.clear()
             store |= {"of": same, **store_features(model, pictures, recipe, args)}
     if solve:
-        return functools.partial(solve_head, model, table, pictures, args, store), model, facts
-    loaders = make_loaders(model, table, pictures, recipe, args, store)
+        return functools.partial(solve_head, model, table, args, store), model, facts
+    loaders = make_loaders(model, table, recipe, args, store)
     return functools.partial(fit, model, loaders, args), model, facts
 
 
@@ -928,7 +929,7 @@ class EveryCombination(optuna.samplers.RandomSampler):
 
 
 def tune(args, pictures, classes, recipe, store):
-    """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"): trials.csv.
+    """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"); writes trials.csv.
 
     The objective is the best validation loss of a trial, not the last; trials are pruned at the median. Any number of
     processes with the same command and --storage share the work.
@@ -1043,7 +1044,7 @@ def make_parser():
     add = parser.add_argument_group("machine and output").add_argument
     add("--seed", type=int, default=2643, help="of initial weights, order and draws")
     workers = os.cpu_count() if CUDA else max(1, os.cpu_count() // 4)  # on a CPU the network needs most of them
-    add("--workers", type=int, default=workers, help="processes that load pictures")
+    add("--workers", type=int, default=workers, help="processes that load pictures; draws depend on how many")
     add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
     add("--name", help="in place of the data set's name")
     return parser

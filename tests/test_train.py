@@ -115,7 +115,7 @@ def loaders_of(data, *flags):
     pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
     table, model = pictures.assign(label=range(len(pictures))), Classifier("pixels", 1, image_size=64)
     store = train.store_features(model, table, recipe, args) if args.views else {}
-    return train.make_loaders(model, table, pictures, recipe, args, store), args
+    return train.make_loaders(model, table, recipe, args, store), args
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
