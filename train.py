@@ -90,7 +90,6 @@ AUGMENTATION = {
 # "head", a frozen backbone's, those strides that it has.
 SCALES = {"pixels": ["1:56"], "head": ["1:56", "8:14", "16:14"], "all": ["last:3"]}
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
-AVERAGED = 10  # epochs over which weights are averaged in the loop
 STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
 # What --tune tries, every combination of it: flags, or names in AUGMENTATION, and their values.
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
@@ -414,7 +413,7 @@ def store_features(model, pictures, recipe, args):
 def stored(store, table):
     """(views (K, N, F), their labels (K * N,)) of the rows of a table, and of its originals (clean (n, F), labels)."""
     originals = table[~table["copy"]]
-    views = store["views"][:, table.index.to_numpy()]  # the index counts all pictures of the command
+    views = store["views"][:, list(table.index)]  # the index counts all pictures of the command
     clean = store["clean"][store["originals"].get_indexer(originals.index)]
     return views, torch.tensor(list(table["label"])).repeat(len(views)), clean, torch.tensor(list(originals["label"]))
 
@@ -519,16 +518,11 @@ def trained_weights(model):
     return {n: t.clone() for n, t in state.items() if not (model.frozen and n.startswith("backbone."))}
 
 
-def recent_mean(mean, new, n):
-    """The mean over about the last AVERAGED of n + 1 epochs, given that of the first n."""
-    return mean + (new - mean) / (n + 1).clamp(max=AVERAGED)
-
-
 def fit(model, loaders, args, run=None, report=lambda row: None):
     """Train until --epochs, or until --patience epochs have brought no better validation loss: the one loop.
 
-    What is validated and kept is the mean of the weights over the last epochs (Izmailov et al. 2018,
-    arXiv:1803.05407): with few pictures single epochs are good or bad by luck. Returns the history, a dict an epoch,
+    What is validated and kept is a mean of the weights over about the last tenth of the epochs (Izmailov et al. 2018,
+    arXiv:1803.05407): with few pictures a single epoch is good or bad by luck. Returns the history, a dict an epoch,
     and the averaged weights of the best one. With a run folder last.pt and epochs.csv follow every epoch, and training
     goes on from a last.pt that is there. report(row) hears of each epoch.
     """
@@ -538,7 +532,12 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
         history, best_weights, lr = last["history"], last["best_weights"], last["history"][0]["lr"]
     elif lr == "auto":
         lr = find_lr(model, loaders, args, run)
-    network, averaged = distributed(model), AveragedModel(model, avg_fn=recent_mean, use_buffers=True)
+    network, window = distributed(model), max(5, args.epochs // 10)
+
+    def recent_mean(mean, new, n):  # n: epochs before this one
+        return mean + (new - mean) / (n + 1).clamp(max=window)
+
+    averaged = AveragedModel(model, avg_fn=recent_mean, use_buffers=True)
     optimizer, scaler = make_optimizer(model, args, lr)
     scheduler = SCHEDULERS[args.scheduler](optimizer, args)
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
