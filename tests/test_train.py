@@ -382,6 +382,25 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
     assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
 
 
+def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo):
+    """Of all so far, here of three: and its figures are those of the history."""
+    args = train.parse_arguments(list(map(str, tiny(demo, "--scales", "last:3", "--epochs", 3))))
+    args.backbone, args.fold = args.backbone[0], None
+    pictures, recipe = labelled(demo, "train", "val")
+    learn, model, _ = train.prepare(args, pictures, train.classes_of(pictures), recipe, {})
+    epochs = []
+    history, kept = learn(report=lambda row: epochs.append(train.trained_weights(model)))
+    n = train.best_of(history)["epoch"]
+    for name, tensor in kept.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, torch.stack([weights[name] for weights in epochs[:n]]).mean(0))
+    assert n > 1 and not torch.equal(kept["head.weight"], epochs[n - 1]["head.weight"])
+    model.load_state_dict(kept)
+    validation = train.Pictures(pictures[pictures["split"] == "val"], train.to_input(model, recipe))
+    outputs = train.predict(model, torch.utils.data.DataLoader(validation, 32))
+    assert train.judged("val", outputs)["val_loss"] == pytest.approx(history[n - 1]["val_loss"])
+
+
 def test_stored_features_equal_fresh_pictures_epoch_by_epoch(demo, tmp_path):
     flags = ["--finetune", "head", "--epochs", 3, "--scales", "last:2", "--optimizer", "adamax"]
     fresh = train_in(tmp_path, demo, *flags, "--views", 0, out="fresh")
