@@ -416,7 +416,7 @@ def runs_below(paths):
 
 
 def row_of(run):
-    """A run in a comparison: its best epoch by validation loss, but a fold is judged on what it held out."""
+    """A run in a comparison, by the epoch that was kept, but a fold is judged on what it held out."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     settings = config["settings"]
     seed, fold = settings.pop("seed"), settings.pop("fold")
@@ -515,7 +515,7 @@ def compare(runs, out):
     trained = [name.replace("val_", "train_") for name in metrics]
     columns = ["data_set", "backbone", "parameters_millions", "best_epoch", *trained, *metrics]
     columns += ["chance_loss", "seconds", "seed", "fold", "notes"]
-    parts = {f"{len(table)} runs: the best epoch by validation loss, sorted by it": table[columns]}
+    parts = {f"{len(table)} runs: the epoch that was kept, sorted by its validation loss": table[columns]}
     folds = table["run"][table["fold"] != ""]
     if len(folds):
         held_out = pd.concat(map(read_held_out, folds))

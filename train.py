@@ -90,6 +90,7 @@ AUGMENTATION = {
 # "head", a frozen backbone's, those strides that it has.
 SCALES = {"pixels": ["1:56"], "head": ["1:56", "8:14", "16:14"], "all": ["last:3"]}
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
+FEW = 30  # validation pictures, below which their loss is too much a matter of luck to choose an epoch by
 STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
 # What --tune tries, every combination of it: flags, or names in AUGMENTATION, and their values.
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
@@ -508,8 +509,8 @@ def judged(split, outputs):
 
 
 def best_of(history):
-    """The epoch of lowest validation loss."""
-    return min(history, key=lambda row: row["val_loss"])
+    """The epoch whose weights are kept: the one of lowest validation loss, or with few validation pictures the last."""
+    return [row for row in history if row["kept"]][-1]
 
 
 def trained_weights(model):
@@ -519,7 +520,7 @@ def trained_weights(model):
 
 
 def fit(model, loaders, args, run=None, report=lambda row: None):
-    """Train until --epochs, or until --patience epochs have brought no better validation loss: the one loop.
+    """Train until --epochs, or until --patience epochs have brought nothing better: the one loop.
 
     What is validated and kept is a mean of the weights over about the last tenth of the epochs (Izmailov et al. 2018,
     arXiv:1803.05407): with few pictures a single epoch is good or bad by luck. Returns the history, a dict an epoch,
@@ -537,7 +538,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     def recent_mean(mean, new, n):  # n: epochs before this one
         return mean + (new - mean) / (n + 1).clamp(max=window)
 
-    averaged = AveragedModel(model, avg_fn=recent_mean, use_buffers=True)
+    averaged, few = AveragedModel(model, avg_fn=recent_mean, use_buffers=True), len(loaders["val"].dataset) < FEW
     optimizer, scaler = make_optimizer(model, args, lr)
     scheduler = SCHEDULERS[args.scheduler](optimizer, args)
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -564,6 +565,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             val_outputs = predict(averaged.module, loaders["val"])
 
         row = {"epoch": epoch, **judged("train", outputs), **judged("val", val_outputs)}
+        row["kept"] = few or not history or row["val_loss"] < best_of(history)["val_loss"]
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
@@ -587,10 +589,9 @@ def recorded(row, what, history, best_weights, model, run):
     history.append(row)
     if run and RANK == 0:
         write_table(run / "epochs.csv", pd.DataFrame(history))
-    improved = best_of(history) is row
     values = "  ".join(f"{name} {row[name]:.3f}" for name in ("train_loss", "val_loss", *shown_metrics(row)))
-    say(f"{what}  {values}  {row['seconds']:.1f} s{'  *' * improved}")
-    return trained_weights(model) if improved else best_weights
+    say(f"{what}  {values}  {row['seconds']:.1f} s{'  *' * row['kept']}")
+    return trained_weights(model) if row["kept"] else best_weights
 
 
 def shown_metrics(columns):
@@ -628,7 +629,7 @@ def solve_head(model, table, args, store, run=None, report=lambda row: None):
     model.head.weight.data.copy_(to_weights(weight))
     model.head.bias.data.copy_(bias)
 
-    row = {"epoch": 1, **judged("train", [(train_logits.float(), labels)])}
+    row = {"epoch": 1, "kept": True, **judged("train", [(train_logits.float(), labels)])}
     row |= judged("val", [(val_logits.float(), val_labels)])
     row["seconds"] = round(time.time() - began, 2)
     history = []
@@ -877,7 +878,7 @@ def train_once(args, pictures, classes, recipe, store):
     control = ", shuffled labels" * args.shuffle_labels
     if not facts["solved"]:
         draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
-    say(f"best validation loss: {best['val_loss']:.3f}, row {best['epoch']} of epochs.csv\nrun folder: {run}")
+    say(f"kept: epoch {best['epoch']} of epochs.csv, validation loss {best['val_loss']:.3f}\nrun folder: {run}")
     if best["val_loss"] >= facts["chance_loss"]:
         say(f"warning: no better than the class shares alone, whose loss is {facts['chance_loss']:.3f}")
     return run
@@ -950,7 +951,7 @@ def tune(args, pictures, classes, recipe, store):
         except InputError as error:
             say(f"trial {trial.number} is given up: {error}")
             raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
-        return best_of(history)["val_loss"]
+        return min(row["val_loss"] for row in history)
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = run_folder(args).parent / "tune"

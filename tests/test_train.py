@@ -249,11 +249,11 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
 # ---------------------------------------------------------------- runs
 
 
-def test_best_pt_is_the_epoch_of_lowest_validation_loss_and_gives_its_figures_back(trained, demo):
+def test_best_pt_is_the_epoch_that_is_kept_and_gives_its_figures_back(trained, demo):
     names = {path.name for path in trained.iterdir()}
     assert names >= {"config.json", "epochs.csv", "curves.png", "transformed_grid.png", "best.pt", "last.pt"}
     epochs = epochs_of(trained)
-    best = epochs.loc[epochs["val_loss"].idxmin()]
+    best = epochs.iloc[-1]  # the last, as seven validation pictures are few
     model, checkpoint = train.load_run(trained)
     assert checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["weights_origin"] == "random initialisation"
     pictures, recipe = deeplcms.find_pictures(demo, ("train",))
@@ -382,8 +382,10 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
     assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
 
 
-def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo):
-    """Of all so far, here of three: and its figures are those of the history."""
+@pytest.mark.parametrize("few", [0, train.FEW])
+def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, monkeypatch, few):
+    """Of all so far, here of three, up to that of lowest validation loss, or with few validation pictures the last."""
+    monkeypatch.setattr(train, "FEW", few)
     args = train.parse_arguments(list(map(str, tiny(demo, "--scales", "last:3", "--epochs", 3))))
     args.backbone, args.fold = args.backbone[0], None
     pictures, recipe = labelled(demo, "train", "val")
@@ -391,10 +393,12 @@ def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo):
     epochs = []
     history, kept = learn(report=lambda row: epochs.append(train.trained_weights(model)))
     n = train.best_of(history)["epoch"]
+    losses = [row["val_loss"] for row in history]
+    assert n == (3 if few else 1 + np.argmin(losses)) > 1 and [row["kept"] for row in history].count(True) > 1
     for name, tensor in kept.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, torch.stack([weights[name] for weights in epochs[:n]]).mean(0))
-    assert n > 1 and not torch.equal(kept["head.weight"], epochs[n - 1]["head.weight"])
+    assert not torch.equal(kept["head.weight"], epochs[n - 1]["head.weight"])
     model.load_state_dict(kept)
     validation = train.Pictures(pictures[pictures["split"] == "val"], train.to_input(model, recipe))
     outputs = train.predict(model, torch.utils.data.DataLoader(validation, 32))
@@ -486,7 +490,8 @@ def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(de
     assert len(list(tmp_path.glob("runs/demo/*/seed*/best.pt"))) == 2
 
 
-def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo):
+def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo, monkeypatch):
+    monkeypatch.setattr(train, "FEW", 0)  # as if its seven validation pictures were many
     arguments = ["--backbone", "test_resnet", "--weights", "random", "--image-size", 64, "--shuffle-labels"]
     assert run("train.py", *arguments, "--epochs", 30, "--patience", 1, cwd=demo.parent) == (0, "")
     folder = demo.parent / "runs/demo/test_resnet/seed2643-shuffled"
