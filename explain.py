@@ -348,7 +348,8 @@ def explain(args):
             measured[i] = local_intensity(picture, recipe, args.drift).ravel()
         if len(table) >= FEWEST and len(set(called_class(probabilities))) > 1:
             components = common_components(measured, p)
-            evidence, meaning = evidence_of(measured, p, components), f"evidence: red up, blue down in {class_name}"
+            evidence = evidence_of(measured, p, components)
+            meaning = f"evidence: red up, blue down in {class_name}"
             calls = tests_of_calls(at_places(evidence, features, recipe), len(p) - 2 - components.shape[1])
         elif layers:
             print(f"all are called alike, or they are fewer than {FEWEST}: in place of evidence stands their mean heat")
