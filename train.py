@@ -533,7 +533,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
         history, best_weights, lr = last["history"], last["best_weights"], last["history"][0]["lr"]
     elif lr == "auto":
         lr = find_lr(model, loaders, args, run)
-    network, window = distributed(model), max(5, args.epochs // 10)
+    network, window = distributed(model), max(3, args.epochs // 10)
 
     def recent_mean(mean, new, n):  # n: epochs before this one
         return mean + (new - mean) / (n + 1).clamp(max=window)
