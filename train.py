@@ -900,7 +900,7 @@ def draw_curves(run, history, title):
         table.plot("epoch", ["train_loss", "val_loss"], ax=left, marker=".", title="Loss")
         table.plot("epoch", shown_metrics(table), ax=right, marker=".", title="Validation")
         for axes in (left, right):
-            axes.axvline(best["epoch"], color="0.6", linestyle="--", label=f"best ({best['epoch']})")
+            axes.axvline(best["epoch"], color="0.6", linestyle="--", label=f"kept ({best['epoch']})")
             axes.legend()
             axes.xaxis.get_major_locator().set_params(integer=True)
         # One epoch that went astray does not flatten the others.
