@@ -92,7 +92,7 @@ SCALES = {"pixels": ["1:56"], "head": ["1:56", "8:14", "16:14"], "all": ["last:3
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
 FEW = 30  # validation pictures, below which their loss is too much a matter of luck to choose an epoch by
 STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
-# What --tune tries, every combination of it: flags, or names in AUGMENTATION, and their values.
+# What --tune tries, every combination of it: flags and their values (of AUGMENTATION --warp alone is one).
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
 NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "out", "demo")
@@ -757,7 +757,7 @@ def fold_of(pictures, n_folds, seed):
 def table_of(pictures, args):
     """The pictures of one training, with the labels of --shuffle-labels and the splits of --folds; copies only train.
 
-    A fold is held out; the next one chooses the epoch.
+    A fold is held out; the next one is for validation.
     """
     table = pictures.copy()
     if args.shuffle_labels:
