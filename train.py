@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Adamax, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, TensorDataset
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
@@ -67,7 +67,7 @@ ARTICLE = """
     mixnet_xl.ra_in1k""".split()
 
 # Defaults when no --data is given, so that two CPU cores need minutes, not hours.
-DEMO = {"image_size": 128, "lr": 0.01, "finetune": "all"}
+DEMO = {"image_size": 128, "lr": 0.01, "finetune": "all", "epochs": 12}
 
 OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "adamax": Adamax, "rmsprop": RMSprop}
 SCHEDULERS = {
@@ -90,6 +90,7 @@ AUGMENTATION = {
 # "head", a frozen backbone's, those strides that it has.
 SCALES = {"pixels": ["1:56"], "head": ["1:56", "8:14", "16:14"], "all": ["last:3"]}
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
+STATISTICS_FROM = 200  # pictures: batch norms of averaged weights take their mean and variance from so many
 FEW = 30  # validation pictures, below which their loss is too much a matter of luck to choose an epoch by
 STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
 # What --tune tries, every combination of it: flags and their values (of AUGMENTATION --warp alone is one).
@@ -102,6 +103,7 @@ CHANNELS = 3  # of an input: red, green and blue of the colormap
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # no such function: not known
 
 
 def say(text):
@@ -396,7 +398,7 @@ def extract_features(model, table, transform, n_views, args):
     features = torch.empty(len(dataset), model.n_features)
     parts = features.split(32)
     loader = DataLoader(dataset, 32, num_workers=args.workers)
-    with torch.inference_mode(), autocast(args):
+    with torch.inference_mode():
         for part, (x, _) in zip(parts, progress(loader, "extracting features"), strict=True):
             part.copy_(fast.features(x.to(DEVICE, memory_format=torch.channels_last)))
     return features.unflatten(0, (n_views, len(table)))
@@ -455,7 +457,7 @@ def batches_of(loader, epoch, args):
 
 # ---------------------------------------------------------------- the loop
 def autocast(args):
-    """Mixed precision: float16 on CUDA (default there), bfloat16 on the CPU with --amp."""
+    """Mixed precision for a forward pass: float16 on CUDA, bfloat16 on the CPU. Weights and gradients stay float32."""
     return torch.autocast(DEVICE.type, torch.float16 if CUDA else torch.bfloat16, enabled=args.amp)
 
 
@@ -520,7 +522,7 @@ def trained_weights(model):
 
 
 def fit(model, loaders, args, run=None, report=lambda row: None):
-    """Train until --epochs, or until --patience epochs have brought nothing better: the one loop.
+    """Train for --epochs, or until --patience epochs have brought nothing better: the one loop.
 
     What is validated and kept is a mean of the weights over about the last tenth of the epochs (Izmailov et al. 2018,
     arXiv:1803.05407): with few pictures a single epoch is good or bad by luck. Returns the history, a dict an epoch,
@@ -538,7 +540,9 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     def recent_mean(mean, new, n):  # n: epochs before this one
         return mean + (new - mean) / (n + 1).clamp(max=window)
 
-    averaged, few = AveragedModel(model, avg_fn=recent_mean, use_buffers=True), len(loaders["val"].dataset) < FEW
+    averaged, few = AveragedModel(model, avg_fn=recent_mean), len(loaders["val"].dataset) < FEW
+    if few:
+        say(f"fewer than {FEW} validation pictures cannot choose an epoch: the last of {args.epochs} is kept")
     optimizer, scaler = make_optimizer(model, args, lr)
     scheduler = SCHEDULERS[args.scheduler](optimizer, args)
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -550,21 +554,20 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             part.load_state_dict(last[name])
 
     for epoch in range(len(history) + 1, args.epochs + 1):
-        if history and epoch - best_of(history)["epoch"] > args.patience:
+        # Large steps of the first half say little of the end: patience counts from the middle on.
+        if history and epoch - max(best_of(history)["epoch"], args.epochs // 2) > args.patience:
             say(f"no better validation loss for {args.patience} epochs: stopped")
             break
         began = time.time()
         model.train(not model.frozen)  # a frozen backbone keeps its state
-        if not model.frozen:
-            model.standardize.reset_running_stats()  # means over this epoch: the network has moved since the last
         outputs, batches = [], batches_of(loaders["train"], epoch, args)
         for x, y in progress(batches, f"epoch {epoch}/{args.epochs}", len(loaders["train"])):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
         averaged.update_parameters(model)
-        with autocast(args):
-            val_outputs = predict(averaged.module, loaders["val"])
+        if not model.frozen:
+            renew_statistics(averaged.module, loaders["train"], epoch, args)
 
-        row = {"epoch": epoch, **judged("train", outputs), **judged("val", val_outputs)}
+        row = {"epoch": epoch, **judged("train", outputs), **judged("val", predict(averaged.module, loaders["val"]))}
         row["kept"] = few or not history or row["val_loss"] < best_of(history)["val_loss"]
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
@@ -582,6 +585,20 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
                 torch.save(contents, temporary)
         report(row)
     return history, best_weights
+
+
+def renew_statistics(model, loader, epoch, args):
+    """Compute the statistics of batch norms anew, on the first training pictures of an epoch.
+
+    They belong to the weights: the mean of several epochs' statistics does not fit the mean of their weights.
+    """
+    n_batches = math.ceil(STATISTICS_FROM / args.batch_size)
+    batches = list(itertools.islice(batches_of(loader, epoch, args), n_batches))
+    with autocast(args):
+        update_bn(batches, model, DEVICE)
+    if WORLD > 1:
+        for buffer in model.buffers():  # each process has seen pictures of its own
+            dist.broadcast(buffer, 0)
 
 
 def recorded(row, what, history, best_weights, model, run):
@@ -790,7 +807,7 @@ def prepare(args, pictures, classes, recipe, store):
         n_steps = math.ceil(n_train / args.batch_size / WORLD)
         args.epochs = min(100, max(20, math.ceil(400 / n_steps)))
     if args.patience == "auto":
-        args.patience = max(10, args.epochs // 2)
+        args.patience = max(10, args.epochs // 4)
     judged_on = table["split"].isin(("train", "val") if solve else ("val",))
     facts = {
         "classes": classes,
@@ -878,7 +895,10 @@ def train_once(args, pictures, classes, recipe, store):
     control = ", shuffled labels" * args.shuffle_labels
     if not facts["solved"]:
         draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
-    say(f"kept: epoch {best['epoch']} of epochs.csv, validation loss {best['val_loss']:.3f}\nrun folder: {run}")
+    n, n_epochs = best["epoch"], len(history)
+    say(f"kept: epoch {n} of {n_epochs}, validation loss {best['val_loss']:.3f}\nrun folder: {run}")
+    if n <= n_epochs / 10:
+        say(f"warning: epoch {n} is among the first tenth: what came later was no better; try a lower --lr")
     if best["val_loss"] >= facts["chance_loss"]:
         say(f"warning: no better than the class shares alone, whose loss is {facts['chance_loss']:.3f}")
     return run
@@ -1022,14 +1042,16 @@ def make_parser():
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=or_auto(count), default="auto", help="at most; auto: for 400 steps, 20 to 100")
-    add("--patience", type=or_auto(count), default="auto", help="stop after so many without a better validation loss")
+    patience = "stop after so many without a better validation loss, the first half of --epochs not counted"
+    add("--patience", type=or_auto(count), default="auto", help=patience)
     add("--batch-size", type=or_auto(count), default="auto", help="of each process; auto: 8, from 1,000 pictures on 32")
     add("--lr", type=or_auto(float), default="auto", help="learning rate, or auto: range test")
     solved = "auto: lbfgs, which solves a head on stored features; else adamax"
     add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=solved)
     add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's best is cosine")
     add("--weight-decay", type=float, default=2e-5, help="L2 penalty (adamw: decoupled)")
-    add("--amp", action=argparse.BooleanOptionalAction, default=CUDA, help="mixed precision, the default on CUDA")
+    amp = "mixed precision, the default on CUDA and on CPUs with bfloat16 (avx512_bf16)"
+    add("--amp", action=argparse.BooleanOptionalAction, default=CUDA or FAST_BFLOAT16, help=amp)
     add = parser.add_argument_group("training pictures").add_argument
     add("--augmentation", choices=list(AUGMENTATION), default="physical", help="how they are varied: AUGMENTATION")
     add("--warp", type=float, metavar="PERCENT", help="drift of retention (default: of the augmentation)")

@@ -19,7 +19,7 @@ from demo import write_mzml  # noqa: E402
 MODULES = {f"{name}.py": import_module(name) for name in ("convert", "demo", "evaluate", "explain", "train")}
 PEAK = (4.37, 462.175)  # minutes and m/z of the article's morphine-3-glucuronide
 TINY = ["--weights", "random", "--image-size", 64, "--batch-size", 8]
-TINY += ["--augmentation", "none", "--workers", 1, "--lr", 0.01]
+TINY += ["--augmentation", "none", "--workers", 1, "--lr", 0.01, "--no-amp"]
 
 
 def call(script, *arguments, cwd, root=ROOT, **options):

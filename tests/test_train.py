@@ -1,6 +1,7 @@
 """Facts about training, on the command line and in its parts."""
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -382,27 +383,86 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
     assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
 
 
+def whole_network(data, *flags):
+    """(what trains it, model, pictures, recipe, arguments) of a small network with batch norms, all of it trained."""
+    flags = tiny(data, "--scales", "last:3", "--finetune", "all", "--workers", 0, *flags)
+    [args] = train.trainings_of(train.parse_arguments(list(map(str, flags))))
+    pictures, recipe = labelled(data, "train", "val")
+    learn, model, _ = train.prepare(args, pictures, train.classes_of(pictures), recipe, {})
+    return learn, model, pictures, recipe, args
+
+
+def loss_on_validation(model, pictures, recipe):
+    """The loss as evaluate.py would find it: validation pictures in batches of another size."""
+    table = pictures[(pictures["split"] == "val") & ~pictures["copy"]]
+    loader = torch.utils.data.DataLoader(Pictures(table, train.to_input(model, recipe)), 3)
+    return train.loss_of(*train.collect(train.predict(model, loader))).item()
+
+
 @pytest.mark.parametrize("few", [0, train.FEW])
-def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, monkeypatch, few):
+def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, monkeypatch, capsys, few):
     """Of all so far, here of three, up to that of lowest validation loss, or with few validation pictures the last."""
     monkeypatch.setattr(train, "FEW", few)
-    args = train.parse_arguments(list(map(str, tiny(demo, "--scales", "last:3", "--epochs", 3))))
-    args.backbone, args.fold = args.backbone[0], None
-    pictures, recipe = labelled(demo, "train", "val")
-    learn, model, _ = train.prepare(args, pictures, train.classes_of(pictures), recipe, {})
+    learn, model, pictures, recipe, _ = whole_network(demo, "--epochs", 3)
     epochs = []
     history, kept = learn(report=lambda row: epochs.append(train.trained_weights(model)))
     n = train.best_of(history)["epoch"]
     losses = [row["val_loss"] for row in history]
     assert n == (3 if few else 1 + np.argmin(losses)) > 1 and [row["kept"] for row in history].count(True) > 1
-    for name, tensor in kept.items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, torch.stack([weights[name] for weights in epochs[:n]]).mean(0))
+    for name, _ in model.named_parameters():
+        torch.testing.assert_close(kept[name], torch.stack([weights[name] for weights in epochs[:n]]).mean(0))
     assert not torch.equal(kept["head.weight"], epochs[n - 1]["head.weight"])
     model.load_state_dict(kept)
-    validation = train.Pictures(pictures[pictures["split"] == "val"], train.to_input(model, recipe))
-    outputs = train.predict(model, torch.utils.data.DataLoader(validation, 32))
-    assert train.judged("val", outputs)["val_loss"] == pytest.approx(history[n - 1]["val_loss"])
+    assert loss_on_validation(model, pictures, recipe) == pytest.approx(history[n - 1]["val_loss"])
+    words = "fewer than 30 validation pictures cannot choose an epoch: the last of 3 is kept"
+    assert capsys.readouterr().out.count(words) == bool(few)
+
+
+@pytest.mark.parametrize("seed", [2643, 3])
+def test_the_weights_that_are_kept_are_as_good_as_those_they_average_at_each_epoch(demo, seed):
+    """From random weights and few steps an epoch: there the mean of batch norms' statistics would not do."""
+    learn, model, pictures, recipe, args = whole_network(demo, "--epochs", 20, "--lr", 0.003, "--seed", seed)
+    raw_losses = []
+
+    def report(row):
+        raw = copy.deepcopy(model)
+        train.renew_statistics(raw, learn.args[1]["train"], row["epoch"], args)
+        raw_losses.append(loss_on_validation(raw, pictures, recipe))
+
+    history, _ = learn(report=report)
+    assert len(history) == 20
+    assert all(row["val_loss"] <= 1.1 * raw for row, raw in zip(history, raw_losses, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("curve", "n_epochs", "kept"),
+    [
+        ([0.6] + [0.7] * 18 + [0.2], 20, 20),  # worst in the middle: the schedule brings it to its end
+        ([0.6, 0.5] + [0.7] * 38, 30, 2),  # rises for good: ten epochs without a better one, from the middle on
+    ],
+)
+def test_patience_counts_from_the_middle_of_the_schedule_on(demo, monkeypatch, curve, n_epochs, kept):
+    monkeypatch.setattr(train, "FEW", 0)
+    judged, losses = train.judged, iter(curve)
+
+    def on_the_curve(split, outputs):
+        return judged(split, outputs) | ({"val_loss": next(losses)} if split == "val" else {})
+
+    monkeypatch.setattr(train, "judged", on_the_curve)
+    learn, *_ = whole_network(demo, "--epochs", len(curve), "--image-size", 32)
+    history, _ = learn()
+    assert (len(history), train.best_of(history)["epoch"]) == (n_epochs, kept)
+
+
+def test_mixed_precision_is_for_the_forward_pass_and_weights_and_gradients_are_float32(demo):
+    learn, model, *_, args = whole_network(demo, "--epochs", 1, "--amp", "--augmentation", "physical")
+    seen = set()
+    model.backbone.conv1[0].register_forward_hook(lambda layer, x, y: seen.add((layer.training, y.dtype)))
+    _, kept = learn()
+    assert seen == {(True, torch.float16 if train.CUDA else torch.bfloat16), (False, torch.float32)}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert {t.dtype for t in kept.values() if t.is_floating_point()} == {torch.float32}
+    assert train.make_parser().get_default("amp") == (train.CUDA or train.FAST_BFLOAT16)
 
 
 def test_stored_features_equal_fresh_pictures_epoch_by_epoch(demo, tmp_path):
@@ -464,19 +524,33 @@ def test_a_model_that_is_no_better_than_the_class_shares_is_called_so(demo, tmp_
     assert "on validation pictures no better than chance" in capsys.readouterr().out
 
 
+def two_processes(tmp_path, data, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    command += [str(ROOT / "train.py"), *map(str, tiny(data, *flags))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(demo, tmp_path):
     """A frozen backbone has no batch statistics that move: the figures agree within float tolerance."""
     pictures, _ = deeplcms.find_pictures(demo, ("train",))
     assert len(pictures) % 9 == 0  # as many for each process, without repeating any
     flags = ["--finetune", "head", "--views", 0, "--epochs", 2, "--workers", 0, "--lr", 0.05, "--seed", 7]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
-    command += [str(ROOT / "train.py"), *map(str, tiny(demo, *flags, "--batch-size", 7, "--out", "two"))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    two_processes(tmp_path, demo, *flags, "--batch-size", 7, "--out", "two")
     two = epochs_of(tmp_path / "two/demo/test_resnet/seed7")
     one = epochs_of(train_in(tmp_path, demo, *flags, "--batch-size", 14, out="one"))
     assert two["val_loss"].to_numpy() == pytest.approx(one["val_loss"].to_numpy(), abs=5e-3)
     assert (tmp_path / "two/demo/test_resnet/seed7/best.pt").exists()
+
+
+def test_two_processes_keep_the_network_that_they_have_judged(demo, tmp_path):
+    """Each has batch norms' statistics of its own pictures; those of the first are for all."""
+    two_processes(tmp_path, demo, "--epochs", 2, "--batch-size", 4)
+    folder = tmp_path / "runs/demo/test_resnet/seed2643"
+    model, checkpoint = train.load_run(folder)
+    pictures, recipe = labelled(demo, "val")
+    assert loss_on_validation(model, pictures, recipe) == pytest.approx(checkpoint["val_loss"], abs=1e-5)
+    assert checkpoint["val_loss"] == pytest.approx(epochs_of(folder)["val_loss"].iloc[-1])
 
 
 def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(demo, tmp_path):
@@ -492,14 +566,14 @@ def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(de
 
 def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo, monkeypatch):
     monkeypatch.setattr(train, "FEW", 0)  # as if its seven validation pictures were many
-    arguments = ["--backbone", "test_resnet", "--weights", "random", "--image-size", 64, "--shuffle-labels"]
+    arguments = ["--backbone", "test_resnet", "--weights", "random", "--image-size", 64, "--shuffle-labels", "--no-amp"]
     assert run("train.py", *arguments, "--epochs", 30, "--patience", 1, cwd=demo.parent) == (0, "")
     folder = demo.parent / "runs/demo/test_resnet/seed2643-shuffled"
     settings = json.loads((folder / "config.json").read_text())["settings"]
-    assert settings["shuffle_labels"] and settings.items() >= (train.DEMO | {"image_size": 64}).items()
+    assert settings["shuffle_labels"] and settings.items() >= (train.DEMO | {"image_size": 64, "epochs": 30}).items()
     assert settings.items() >= train.AUGMENTATION["physical"].items()
     epochs = epochs_of(folder)
-    assert len(epochs) == epochs["val_loss"].idxmin() + 2 < 30  # one epoch without a better loss
+    assert len(epochs) == max(epochs["val_loss"].idxmin() + 1, 15) + 1 < 30  # one epoch without a better loss
 
 
 def test_without_data_the_demo_cohort_is_made_where_there_is_none(tmp_path, monkeypatch):
