@@ -61,6 +61,8 @@ def read_samples(args):
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
     table = table.assign(sample_name=names, path=names.map(runs))
+    if not table.get("group", table[group_by]).equals(table[group_by]):
+        raise InputError(f"{args.samples}: its column 'group' would be lost: rename it, or pass --group-by group")
     table["group"] = table[group_by]
     present = table.dropna(subset="path")
     absent, unknown = set(names) - set(runs), set(runs) - set(names)

@@ -562,6 +562,19 @@ def test_titles_and_names_of_a_sample_table_are_cleaned(tmp_path):
     assert table["group"].tolist() == table["person_id"].tolist() == [f"p{i}" for i in range(6)]
 
 
+def test_a_column_group_of_the_user_is_not_lost(tmp_path):
+    """It may be the arm of a trial: only the user knows whether its runs belong together."""
+    raw, _ = write_cohort(tmp_path, list("abcdef"))
+    rows = [f"{name},{'AB'[i % 2]},{['train', 'val', 'test'][i // 2]},g{i // 2}" for i, name in enumerate("abcdef")]
+    (tmp_path / "s.csv").write_text("\n".join(["sample_name,phenotype,split,Group", *rows]))
+    status, line = run("convert.py", raw, "s.csv", "out", *FAST, cwd=tmp_path)
+    assert status == 1 and "s.csv: its column 'group' would be lost: rename it" in line and "\n" not in line
+    assert run("convert.py", raw, "s.csv", "out", *FAST, "--group-by", "Group", cwd=tmp_path) == (0, "")
+    written = tmp_path / "out/samples.csv"
+    assert deeplcms.read_table(written)["group"].tolist() == ["g0", "g0", "g1", "g1", "g2", "g2"]
+    assert run("convert.py", raw, written, "again", *FAST, "--group-by", "group", cwd=tmp_path) == (0, "")
+
+
 def test_the_files_as_written_end_in_the_right_picture_or_in_a_line(as_written):
     def outcome(name, **settings):
         try:
