@@ -108,7 +108,7 @@ def read_unseen(checkpoints, data, split):
 def read_files(files, recipe):
     """Table of raw runs and PNGs, and their pictures [uint8 (height, width)]; one that is unreadable costs no other.
 
-    Columns: file, sample_name, phenotype (of a PNG its folder, else ''), statistics (of a raw run, else None).
+    Columns: file, group (the file), sample_name, phenotype (of a PNG its folder, else ''), statistics (of a raw run).
     """
     rows, pictures = [], []
     for path in tqdm(files, desc="reading", unit="file", disable=None):
@@ -125,11 +125,11 @@ def read_files(files, recipe):
                 raise
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
-        rows.append({"file": str(path), "sample_name": name, "phenotype": phenotype, "statistics": statistics})
+        rows.append([str(path), str(path), name, phenotype, statistics])
         pictures.append(picture)
     if not rows:
         raise InputError(f"none of the {len(files)} files can be read")
-    return pd.DataFrame(rows), pictures
+    return pd.DataFrame(rows, columns=["file", "group", "sample_name", "phenotype", "statistics"]), pictures
 
 
 def votes_of(models, recipe, pictures):

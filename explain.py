@@ -10,8 +10,9 @@ there with the network's probability from run to run: do its calls go with it? I
 the direction. Heat (LayerCAM) shows roughly where a picture's probability comes from, and whatever is bright.
 
 Neither proves a cause: a network needs only some of the compounds that differ, and neighbours in a box (in_box) look
-the same to it. q speaks of the calls, right or wrong. The ranking takes all pictures; those trained on are called by
-heart, so that evidence comes near to t, and --split test asks only for the calls of unseen ones, which are fewer.
+the same to it. The ranking takes all pictures; those trained on are called by heart, so that evidence comes near to t,
+and --split test asks for the calls of unseen ones alone. q speaks of the calls, right or wrong. These are made of the
+intensities, so they go with some of them even where the phenotypes do not differ: inclusion.csv asks for t_q, too.
 
 Written to RUN/explain/: cam_grid.png, overlay.png, features.csv, and inclusion.csv, as Orbitraps import a mass list.
 """
@@ -234,8 +235,7 @@ def at_places(maps, table, recipe):
 def tests_of_calls(r, n_free):
     """Table of direction, Pearson's p and Benjamini and Hochberg's q of evidence r (F,), n_free degrees of freedom."""
     p = 2 * beta.sf(abs(r), n_free / 2, n_free / 2, loc=-1, scale=2)  # Pearson's r of chance is a beta from -1 to 1
-    direction = np.where(r > 0, "up", "down")
-    return pd.DataFrame({"direction": direction, "p": p, "q": false_discovery_control(p)})
+    return pd.DataFrame({"direction": np.where(r > 0, "up", "down"), "p": p, "q": false_discovery_control(p)})
 
 
 def tests_of_phenotypes(intensities, of_class):
@@ -260,8 +260,8 @@ def rank_features(table, evidence, tests, half_box):
 
 
 def inclusion_list(table, drift):
-    """The features of q < 0.05 (or without q) in the columns of an Orbitrap's mass list; charge 1 is assumed."""
-    table = table[~(table["q"] >= 0.05)]
+    """The features whose q and t_q are below 0.05, or unknown, as an Orbitrap's mass list; charge 1 is assumed."""
+    table = table[~(table[["q", "t_q"]] >= 0.05).any(axis=1)]
     columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"], "z": 1}
     columns |= {"t start (min)": (table["rt"] - drift).clip(0), "t stop (min)": table["rt"] + drift}
     return pd.DataFrame(columns).round(5)
@@ -329,24 +329,26 @@ def explain(args):
         features = read_features(path, recipe, args.query)  # before the work: a bad table should not cost two minutes
 
     [probabilities] = votes_of([model], recipe, pictures)  # (N, K)
-    p = probabilities[:, k]
     out = Path(args.out or run / "explain")
     out.mkdir(parents=True, exist_ok=True)
     if layers:
-        table["caption"] = [f"P({class_name}) = {value:.2f}" for value in p]
+        table["caption"] = [f"P({class_name}) = {value:.2f}" for value in probabilities[:, k]]
         shown = in_turn(table, args.n)
         of_shown = [pictures[i] for i in shown.index]
         maps = list(heat_maps(model, layers, recipe, of_shown, k))
-        heading = f"LayerCAM at {', '.join(layers)}; {title}"
-        cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, heading)
+        cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {', '.join(layers)}; {title}")
     else:
         print("pixels: no network, so there is no cam_grid.png")
 
     if features is not None:
-        measured = np.empty((len(pictures), pictures[0].size), np.float16)  # (N, height * width)
-        for i, picture in enumerate(tqdm(pictures, desc="evidence", disable=None, leave=False)):
-            measured[i] = local_intensity(picture, recipe, args.drift).ravel()
-        if len(table) >= FEWEST and len(set(called_class(probabilities))) > 1:
+        # The mean over the injections of a person (of each phenotype: before and after) is one run of n.
+        runs = table.groupby(["group", "phenotype"]).indices  # {(group, phenotype): pictures}
+        probabilities = np.array([probabilities[own].mean(axis=0) for own in runs.values()])  # (n, K)
+        p = probabilities[:, k]
+        measured = np.empty((len(runs), pictures[0].size), np.float16)  # (n, height * width)
+        for i, own in enumerate(tqdm(runs.values(), desc="evidence", disable=None, leave=False)):
+            measured[i] = np.mean([local_intensity(pictures[j], recipe, args.drift).ravel() for j in own], axis=0)
+        if len(runs) >= FEWEST and len(set(called_class(probabilities))) > 1:
             components = common_components(measured, p)
             evidence = evidence_of(measured, p, components)
             meaning = f"evidence: red up, blue down in {class_name}"
@@ -358,20 +360,18 @@ def explain(args):
             calls = pd.DataFrame({"direction": "", "p": np.nan, "q": np.nan}, features.index)
         else:
             raise InputError(f"all are called alike, or they are fewer than {FEWEST}: there is no evidence to rank by")
-        known = table["phenotype"].isin(classes)
-        of_class = (table["phenotype"] == class_name).where(known).to_numpy(float)  # nan where unknown
+        phenotype = pd.Series([phenotype for _, phenotype in runs])
+        of_class = (phenotype == class_name).where(phenotype.isin(classes)).to_numpy(float)  # nan where unknown
         intensities = at_places(measured, features, recipe).astype(float)
-        phenotypes = tests_of_phenotypes(intensities, of_class)
         half_box = [args.drift, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]]
-        tests = calls.join(phenotypes)
+        tests = calls.join(tests_of_phenotypes(intensities, of_class))
         ranking = rank_features(features, at_places(evidence, features, recipe), tests, half_box)
         write_table(out / "features.csv", ranking)
         write_table(out / "inclusion.csv", inclusion_list(ranking, args.drift))
         columns = ["rank", "rt", "mz", "evidence", "direction", "q", "t", "t_q", "in_box", "name"]
         print(ranking[columns].head(10).to_string(index=False, float_format="{:.3g}".format))
-        map_ = evidence.reshape(pictures[0].shape)
         heading = f"Features over the evidence; {title}"
-        overlay(out / "overlay.png", map_, meaning, ranking, recipe, heading)
+        overlay(out / "overlay.png", evidence.reshape(pictures[0].shape), meaning, ranking, recipe, heading)
     print(f"{len(table)} pictures explained in {out}")
 
 

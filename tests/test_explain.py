@@ -182,6 +182,27 @@ def test_of_features_that_go_with_nothing_one_in_twenty_has_a_p_below_a_twentiet
     assert table["p"][1] > 0.99 and 0.03 < (table["p"][2:] < 0.05).mean() < 0.07
 
 
+def test_a_person_injected_three_times_tells_as_much_as_one_injected_once(two, network, tmp_path):
+    """What the injections of one person share is no news: the answer is that of their mean."""
+    data = shutil.copytree(two[0], tmp_path / "data")
+    samples = pd.read_csv(data / "samples.csv", dtype=str)
+    for i in (1, 2):
+        for picture in data.glob("*/*/*er??.png"):
+            name = f"{picture.stem}-{i}"
+            with Image.open(picture) as image:
+                info = PngImagePlugin.PngInfo()
+                for key, value in (image.text | {"sample_name": name}).items():
+                    info.add_text(key, value)
+                image.save(picture.with_stem(name), pnginfo=info)
+    more = [samples.assign(sample_name=samples["sample_name"] + f"-{i}") for i in (1, 2)]
+    pd.concat([samples, *more]).to_csv(data / "samples.csv", index=False)
+    flags = ["--features", two[0] / "features.csv", "--data"]
+    for name, folder in (("once", two[0]), ("thrice", data)):
+        assert run("explain.py", two[1], *flags, folder, "--out", tmp_path / name, cwd=tmp_path) == (0, "")
+    once, thrice = (pd.read_csv(tmp_path / name / "features.csv") for name in ("once", "thrice"))
+    pd.testing.assert_frame_equal(once, thrice, rtol=1e-3, atol=1e-6)
+
+
 def test_t_asks_the_known_phenotypes_and_in_box_counts_the_neighbours():
     rng = np.random.default_rng(0)
     intensities = rng.normal(size=(12, 64, 64))
@@ -228,12 +249,15 @@ def test_intensity_forgives_drift_and_in_rt_what_all_masses_of_a_time_have_in_co
     assert intensity(30, "rt", around=0.2) == pytest.approx(intensity(30, "rt"), abs=0.01)
 
 
-def test_the_list_for_the_instrument_ends_where_chance_begins():
-    table = pd.DataFrame({"name": ["a", "b"], "mz": [462.175, 300.0], "rt": [0.2, 5.0], "q": [0.01, 0.3]})
+def test_the_list_for_the_instrument_holds_what_the_calls_go_with_and_the_phenotypes_differ_in():
+    table = pd.DataFrame({"name": ["a", "b", "c"], "mz": [462.175, 300.0, 400.0], "rt": [0.2, 5.0, 6.0]})
+    table = table.assign(q=[0.01, 0.3, 0.01], t_q=[0.01, 0.01, 0.3])
     targets = explain.inclusion_list(table, drift=0.3)
     assert list(targets) == ["Compound", "Formula", "Adduct", "m/z", "z", "t start (min)", "t stop (min)"]
     assert targets.to_numpy().tolist() == [["a", "", "(no adduct)", 462.175, 1, 0.0, 0.5]]
-    assert len(explain.inclusion_list(table.assign(q=np.nan), drift=0.3)) == 2  # all called alike: nothing is known
+    for unknown, names in (("q", "ab"), ("t_q", "ac")):  # all called alike; new runs of unknown phenotype
+        targets = explain.inclusion_list(table.assign(**{unknown: np.nan}), drift=0.3)
+        assert targets["Compound"].tolist() == list(names)
 
 
 def test_a_raw_run_is_explained_as_its_picture_is_and_other_axes_are_refused(two, network, tmp_path, capsys):
