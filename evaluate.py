@@ -165,23 +165,25 @@ def judge(labels, logits, groups, threshold=0.5):
     """Table of each metric's value and its 95 % interval, which is undefined with fewer than ten groups of a class.
 
     Proportions have Wilson's interval (1927), the other metrics percentiles over resamples within each class, which
-    keep their sizes. Pictures of a group (a person) are not independent: then whole groups are drawn, for all metrics.
+    keep their sizes; where all resamples are alike there is no interval. Pictures of a group (a person) are not
+    independent: then whole groups are drawn for all metrics, in place of one that holds the same classes.
     """
     table = pd.DataFrame({"value": metrics_of(labels, logits, threshold), "low": np.nan, "high": np.nan})
     probabilities, limits = probabilities_of(logits), ["low", "high"]
     n_classes = probabilities.shape[1]
-    by_group = pd.Series(labels).groupby(groups)
-    owners, rows = by_group.first(), by_group.indices  # label and pictures of each group
-    if np.bincount(owners, minlength=n_classes).min() < FEWEST:
+    holds = pd.crosstab(groups, labels) > 0  # (group, class)
+    rows = pd.Series(labels).groupby(groups).indices  # pictures of each group
+    if holds.shape[1] < n_classes or holds.sum().min() < FEWEST:
         return table
     rng, resamples = np.random.default_rng(SEED), []
     for _ in tqdm(range(RESAMPLES), desc="bootstrap", disable=None, leave=False):
-        drawn = owners.groupby(owners).sample(frac=1, replace=True, random_state=rng).index
+        drawn = holds.groupby([*holds]).sample(frac=1, replace=True, random_state=rng).index
         i = np.concatenate([rows[group] for group in drawn])
         resamples.append(metrics_of(labels[i], logits[i], threshold))
     resamples = pd.DataFrame(resamples).dropna(axis=1, thresh=0.95 * RESAMPLES)  # without what is often undefined
-    table[limits] = resamples.quantile([0.025, 0.975]).T
-    if len(owners) < len(labels):
+    quantiles = resamples.quantile([0.025, 0.975]).T
+    table[limits] = quantiles[quantiles[0.025] < quantiles[0.975]]
+    if len(rows) < len(labels):
         return table
     called = called_class(probabilities, threshold)
     right = called == labels
@@ -326,7 +328,7 @@ def draw_roc(ax, labels, probabilities, confusion, auc, classes):
         ax.plot(*false_and_true_positives, "ko", label="threshold")
     interval = "95 % interval {low:.3f} - {high:.3f}".format(**auc)
     if np.isnan(auc["low"]):
-        interval = "too few for an interval"
+        interval = "no interval: too few, or all resamples alike"
     ax.set_title(f"ROC AUC {auc['value']:.3f} ({interval})", fontsize=10)
     ax.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
     ax.legend(loc="lower right", frameon=False)
