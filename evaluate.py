@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest, false_discovery_control, kruskal, norm, rankdata
+from scipy.stats import binomtest, chi2_contingency, false_discovery_control, kruskal, norm, rankdata
 from tqdm import tqdm
 
-from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, colours, confusion_of, drift_of
-from deeplcms import files_of, find_pictures, first_few, label_of, metrics_of, picture_of_run, probabilities_of
-from deeplcms import profile_of, read_header, read_picture, roc_auc, run_script, warnings_of, write_json, write_table
-from deeplcms import write_text
+from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, cohort_of, colours, confusion_of
+from deeplcms import drift_of, files_of, find_pictures, first_few, label_of, metrics_of, picture_of_run
+from deeplcms import probabilities_of, profile_of, read_header, read_picture, roc_auc, run_script, warnings_of
+from deeplcms import write_json, write_table, write_text
 from train import best_of, figure, find_run, inputs_of, judged, load_run, predict, progress
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
@@ -202,40 +202,46 @@ def wilson(hits):
 
 
 # ---------------------------------------------------------------- what else could explain it
-def ranks_of(column):
-    """Ranks of a column of text: of numbers, of dates, or of up to ten names (batches) in sorted order; else nan."""
+def numbers_of(column):
+    """Ranks of a column of text of which most are numbers or dates; any other column as it is."""
     numbers = pd.to_numeric(column, errors="coerce")
-    if numbers.notna().any():
-        return numbers.rank()
-    dates = pd.to_datetime(column, errors="coerce", format="ISO8601")
-    if dates.notna().any():
-        return dates.rank()
-    return column.rank() if column.nunique() <= 10 else numbers
+    if numbers.isna().mean() > 0.5:
+        numbers = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
+    return numbers.dropna().rank() if numbers.notna().mean() > 0.5 else column
 
 
 def confounders_of(pictures):
-    """Table of what else is known of each run: can it tell the classes apart alone?
+    """Table of what else is known of each run: can it alone tell the phenotypes apart, in order or not?
 
-    auc: of the class that it tells best from the others; q: of Kruskal and Wallis, after Benjamini and Hochberg.
+    Each name is a part. So is each of up to twelve numbers or dates; more are cut into five parts. auc: of the share of
+    a phenotype in each run's part, for the phenotype told apart best; chance alone gives more than 0.5. q: of the
+    chi-squared test, for numbers also of Kruskal and Wallis's, after Benjamini and Hochberg. A column with more names
+    than the rarest phenotype has runs (people, samples) is left out: less than one run is expected in each part.
     """
     rows = {}
+    pictures = pictures.drop_duplicates(["group", "phenotype"])  # runs of one person are not independent
     for name, column in pictures.drop(columns=NO_CONFOUNDERS, errors="ignore").items():
-        ranks = ranks_of(column).dropna()
-        label = pictures["label"][ranks.index]
-        by_class = ranks.groupby(label)
-        if ranks.nunique() < 2 or by_class.ngroups < 2:
+        parts = numbers = numbers_of(column[column != ""].dropna())
+        is_number = numbers.dtype == float
+        if is_number and numbers.nunique() > 12:
+            parts = np.ceil(5 * numbers / len(numbers))
+        phenotype = pictures["phenotype"][parts.index]
+        counts = pd.crosstab(parts, phenotype)
+        if min(counts.shape) < 2 or (not is_number and len(counts) > counts.sum().min()):
             continue
-        aucs = [roc_auc(label == k, ranks) for k in sorted(by_class.groups, reverse=True)]
-        test = kruskal(*[of_class for _, of_class in by_class])
-        rows[name] = max(aucs, key=lambda auc: abs(auc - 0.5)), test.pvalue
+        shares = counts.div(counts.sum(axis=1), axis=0)  # (part, phenotype)
+        auc = max(roc_auc(phenotype == k, parts.map(shares[k])) for k in shares)
+        p = chi2_contingency(counts).pvalue
+        if is_number:
+            p = min(1, 2 * p, 2 * kruskal(*numbers.groupby(phenotype).agg(list)).pvalue)  # the better of two tests
+        rows[name] = auc, p
     table = pd.DataFrame.from_dict(rows, "index", dtype=float, columns=["auc", "q"])  # empty it is float, too
-    table["q"] = false_discovery_control(table["q"])
-    return table
+    return table.assign(q=false_discovery_control(table["q"]))
 
 
 def flagged(confounders):
-    """Names of what tells the classes apart by itself, beyond chance and not by a little."""
-    return list(confounders.query("q < 0.05 and abs(auc - 0.5) > 0.2").index)
+    """Names of what tells the phenotypes apart by itself, beyond chance and not by a little."""
+    return list(confounders.query("q < 0.05 and auc > 0.7").index)
 
 
 # ---------------------------------------------------------------- one run, or several that vote
@@ -249,13 +255,16 @@ def evaluate(runs, home, args):
     labels, probabilities = table["label"].to_numpy(), votes.mean(0)
     metrics = judge(labels, np.log(probabilities), table["group"], args.threshold)
     confusion = confusion_of(labels, called_class(probabilities, args.threshold), len(classes))
-    drifts = [drift_of(profile_of(picture), checkpoint["profile"], recipe) for picture in pictures]
-    confounders = confounders_of(table.assign(rt_drift=drifts))
+    # What else could explain it is sought in all splits that there are, as more runs show more; headers are enough.
+    data = args.data or checkpoint["config"]["settings"]["data"]
+    splits = [split for split in SPLITS if any(Path(data).glob(f"{split}/*/*.png"))]
+    originals = find_pictures(data, splits)[0].query("not copy")
+    _, cohort = cohort_of(originals, recipe)
+    confounders = confounders_of(originals.assign(rt_drift=cohort["rt_drift"]))
     suspects = flagged(confounders)
 
-    data_set, folder = checkpoint["config"]["data_set"], home
-    if args.data:
-        data_set = Path(args.data).resolve().name
+    folder = home
+    data_set = Path(data).resolve().name if args.data else checkpoint["config"]["data_set"]
     if args.split != "test" or not is_own(checkpoint, args.data):
         folder = home / f"{data_set}-{args.split}"
     folder = Path(args.out or folder)
@@ -296,7 +305,7 @@ def evaluate(runs, home, args):
     print(metrics.to_string(**numbers))
     if metrics["low"].isna().all():
         print(f"no intervals: they need {FEWEST} pictures (or groups) of each class")
-    print("\nWhat else is known of these runs, and how well it alone tells the phenotypes apart:")
+    print(f"\nHow well what else is known of all {len(originals)} runs tells their phenotypes apart alone:")
     print(confounders.to_string(**numbers))
     for name in suspects:
         print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")

@@ -47,22 +47,92 @@ def test_intervals_are_wilsons_or_of_resampled_groups_and_of_fewer_than_ten_ther
     assert of_persons["high"] - of_persons["low"] == pytest.approx(of_pictures, rel=0.1)
     perfect = evaluate.judge(labels, np.where(labels, 9.0, -9.0)[:, None], alone)
     assert perfect.loc["recall", "low"] == pytest.approx(44 / (44 + 1.95996**2)) and perfect["high"]["recall"] == 1
+    # All resamples of a perfect answer are perfect: they cannot say how certain it is.
+    assert perfect["value"]["roc_auc"] == 1 and perfect.loc[["roc_auc", "f1"], ["low", "high"]].isna().all(axis=None)
+
+
+def test_people_in_both_classes_are_drawn_whole_and_have_an_interval():
+    """Before and after: what is a person's own raises both pictures, so AUC varies less than among strangers."""
+    rng = np.random.default_rng(0)
+    own, error = rng.normal(size=(30, 1)), 0.1 * rng.normal(size=(30, 2))
+    logits = (own + [-0.5, 0.5] + error).reshape(-1, 1)  # before, after, before, ...
+    labels, person = np.tile([0, 1], 30), np.repeat(np.arange(30), 2)
+    whole = evaluate.judge(labels, logits, person).loc["roc_auc"]
+    strangers = evaluate.judge(labels, logits, np.arange(60)).loc["roc_auc"]
+    assert whole["low"] < whole["value"] < whole["high"]
+    assert whole["high"] - whole["low"] < 0.7 * (strangers["high"] - strangers["low"])
+    nine = evaluate.judge(labels[:18], logits[:18], person[:18])
+    assert nine[["low", "high"]].isna().all(axis=None)
+
+
+def known(phenotype, **columns):
+    """What is known of runs, as find_pictures has it: text."""
+    names = [f"s{i}" for i in range(len(phenotype))]
+    pictures = pd.DataFrame({"sample_name": names, "group": names, "phenotype": phenotype, "status": "ok"})
+    return pictures.assign(**{name: np.asarray(column).astype(str) for name, column in columns.items()})
 
 
 def test_what_tells_the_classes_apart_alone_is_flagged_and_what_does_not_is_not():
     rng = np.random.default_rng(0)
     label = np.repeat([0, 1], 20)
-    pictures = pd.DataFrame({"label": label, "sample_name": [f"s{i}" for i in range(40)], "group": "g", "status": "ok"})
-    pictures["total_intensity"] = rng.lognormal(10, 1, 40).astype(str)
-    pictures["start_time"] = [f"2026-11-{3 + 10 * k:02d} 10:{i:02d}:00" for i, k in enumerate(label)]
-    pictures["batch"] = np.where(label, "second", "first")
-    pictures["column"] = ["new", "old"] * 20
-    pictures["note"] = [f"remark {i}" for i in range(40)]
-    pictures["constant"] = "1"
+    pictures = known(
+        np.where(label, "user", "control"),
+        total_intensity=rng.lognormal(10, 1, 40),
+        start_time=[f"2026-11-{3 + 10 * k:02d} 10:{i:02d}:00" for i, k in enumerate(label)],
+        batch=np.where(label, "second", "first"),
+        column=["new", "old"] * 20,
+        note=[f"remark {i}" for i in range(40)],
+        constant="1",
+    )
     table = evaluate.confounders_of(pictures)
     assert set(table.index) == {"total_intensity", "start_time", "batch", "column"}
     assert evaluate.flagged(table) == ["start_time", "batch"]
-    assert (table["auc"][["start_time", "batch"]] == 1).all() and table["auc"]["column"] == 0.5
+    assert table["auc"].round(2)[["start_time", "batch", "column"]].tolist() == [0.98, 1, 0.5]
+
+
+def test_what_tells_the_classes_apart_in_no_order_is_flagged():
+    """Cases were measured in the middle: neither the alphabet nor a rank tells them from the controls."""
+    rng = np.random.default_rng(0)
+    case = np.repeat([False, True, False], 20)
+    plate = 2 * rng.integers(0, 6, 60) + case
+    pictures = known(
+        np.where(case, "case", "control"),
+        batch=np.repeat(["A", "B", "C"], 20),
+        number=np.repeat([1, 2, 3], 20),
+        day=np.repeat(["2026-11-03", "2026-11-04", "2026-11-05"], 20),
+        injection_order=range(60),
+        plate=[f"plate {k}" for k in plate],
+        operator=np.where(case, "x", rng.choice(["y", ""], 60)),  # of some runs unknown
+    )
+    table = evaluate.confounders_of(pictures)
+    assert set(evaluate.flagged(table)) == {"batch", "number", "day", "injection_order", "plate", "operator"}
+    assert (table["auc"].drop("injection_order") == 1).all() and table["auc"]["injection_order"] > 0.9
+    # Of three phenotypes the one that is told apart best counts.
+    three = evaluate.confounders_of(pictures.assign(phenotype=np.where(case, "case", np.tile(["a", "b"], 30))))
+    assert three["auc"]["batch"] == 1 and "batch" in evaluate.flagged(three)
+
+
+def test_names_of_single_people_and_repeated_injections_explain_nothing():
+    rng = np.random.default_rng(0)
+    person = np.repeat(np.arange(24), 5)
+    person_of, site = [f"p{k}" for k in person], rng.permutation(np.repeat(["a", "b", "c"], 8))
+    pictures = known(np.where(person % 2, "case", "control"), person=person_of, site=site[person])
+    together = evaluate.confounders_of(pictures.assign(group=person_of))
+    assert list(together.index) == ["site"]  # each person has a name, which is no batch
+    alone = evaluate.confounders_of(pictures.drop_duplicates("person"))
+    pd.testing.assert_frame_equal(together, alone)  # five injections of a person tell as much as one
+
+
+@pytest.mark.parametrize("n", [40, 298])
+def test_of_null_cohorts_hardly_any_is_warned_of(n):
+    rng = np.random.default_rng(0)
+    cohorts = []
+    for _ in range(60):
+        phenotype = rng.permutation(["case"] * (n // 2) + ["control"] * (n - n // 2))
+        numbers = {f"number{i}": rng.normal(size=n) for i in range(4)}
+        names = {f"names{k}": rng.integers(0, k, n).astype(str) + "x" for k in (2, 4, 12)}
+        cohorts.append(bool(evaluate.flagged(evaluate.confounders_of(known(phenotype, **numbers, **names)))))
+    assert np.mean(cohorts) < 0.06
 
 
 @pytest.fixture()
@@ -134,6 +204,27 @@ def test_a_run_whose_validation_pictures_chose_its_epoch_alone_may_be_judged_on_
     before = (trained / "metrics.json").read_bytes()
     assert run("evaluate.py", trained, "--split", "val", cwd=trained) == (0, "")
     assert judged(trained / "demo-val")[0]["split"] == "val" and (trained / "metrics.json").read_bytes() == before
+
+
+def test_what_else_could_explain_it_is_sought_in_all_splits_that_there_are(two, tmp_path, capsys):
+    """The users of training and validation were measured late; in the test split late and early are balanced."""
+    data, folder = two
+    other = Path(shutil.copytree(data, tmp_path / "data"))
+    table = pd.read_csv(other / "samples.csv")
+    user = table["phenotype"] == "user"
+    late = np.where(table["split"] == "test", table.index % 2 == 0, user)
+    table["batch"] = np.where(late, "late", "early")
+    table.to_csv(other / "samples.csv", index=False)
+    batch = {}
+    for splits in ("all", "test alone"):
+        assert run("evaluate.py", folder, "--data", other, "--out", "out", cwd=tmp_path) == (0, "")
+        result = judged(tmp_path / "out")[0]
+        batch[splits] = "batch" in result["flagged"]
+        assert "rt_drift" in result["confounders"] and "age" in result["confounders"]
+        for split in ("train", "val"):
+            shutil.rmtree(other / split, ignore_errors=True)
+    assert batch == {"all": True, "test alone": False}
+    assert "of all 74 runs" in capsys.readouterr().out
 
 
 def test_three_phenotypes_from_pictures_to_figures(three, capsys):
