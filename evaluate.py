@@ -33,8 +33,9 @@ RESAMPLES, SEED, FEWEST = 2000, 2643, 10
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
 DUNN = """Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after Benjamini and Hochberg within
 each metric. Replicates are trainings on the same people: a small p speaks of training, not of new people."""
-FOLDS = """Each picture is judged once, by the fold that held it out: val_ of a fold is on those pictures, which chose
-neither its weights nor its epoch. Fold models are calibrated differently, so distrust a pooled AUC."""
+JUDGED = """judged out of fold: each picture by weights it took no part in; judged by validation: by pictures that may
+have chosen the epoch, so that these figures are too good beside the others. Sorted by judged, then by val_loss."""
+FOLDS = "The fold that held it out judges each picture. Folds are calibrated differently, so distrust a pooled AUC."
 # Columns of find_pictures that name a run or its class; any other may tell how it was measured.
 NO_CONFOUNDERS = ["path", "split", "phenotype", "sample_name", "copy", "profile", "label", "group", "status"]
 
@@ -437,6 +438,7 @@ def row_of(run):
         "data_set": config["data_set"],
         "backbone": settings["backbone"],
         "parameters_millions": config["parameters"] / 1e6,
+        "judged": "out of fold" if config["solved"] or fold is not None else "validation",
         "best_epoch": int(best["epoch"]),
         **best.filter(regex="^(train|val)_"),
         "seconds": epochs["seconds"].sum(),
@@ -519,14 +521,14 @@ def draw_replicates(path, replicates, metrics):
 
 def compare(runs, out):
     """Tables 1 and 2 for many runs; Figure 1 or 3 and its tests for replicates among them."""
-    table = pd.DataFrame(map(row_of, runs)).sort_values("val_loss", kind="stable", ignore_index=True)
+    table = pd.DataFrame(map(row_of, runs)).sort_values(["judged", "val_loss"], ignore_index=True)
     metrics = [name for name in COMPARED if name in table]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns="settings"))
     trained = [name.replace("val_", "train_") for name in metrics]
-    columns = ["data_set", "backbone", "parameters_millions", "best_epoch", *trained, *metrics]
+    columns = ["data_set", "backbone", "parameters_millions", "judged", "best_epoch", *trained, *metrics]
     columns += ["chance_loss", "seconds", "seed", "fold", "notes"]
-    parts = {f"{len(table)} runs: the epoch that was kept, sorted by its validation loss": table[columns]}
+    parts = {f"{len(table)} runs. {JUDGED}": table[columns]}
     folds = table["run"][table["fold"] != ""]
     if len(folds):
         held_out = pd.concat(map(read_held_out, folds))
@@ -540,10 +542,12 @@ def compare(runs, out):
         together["runs", ""] = groups.size()
         parts["Replicates: median and standard deviation; see replicates.png"] = together
         draw_replicates(out / "replicates.png", replicates, metrics)
-    # Seeds are contenders; folds of one cohort are no independent trials, and a control is none.
+    # Seeds judged alike are contenders; folds of one cohort are no independent trials, and a control is none.
     seeds = {name: rows for name, rows in replicates.items() if (rows["fold"] == "").all() and "shuffled" not in name}
-    if len(seeds) > 1:
-        parts[f"p values. {DUNN}"] = tests_of(seeds, metrics)
+    for judged_by in table["judged"].unique():
+        alike = {name: rows for name, rows in seeds.items() if (rows["judged"] == judged_by).all()}
+        if len(alike) > 1:
+            parts[f"p values, {judged_by}. {DUNN}"] = tests_of(alike, metrics)
     numbers = "{:.3g}".format
     text = [f"{title}\n\n```\n{part.to_string(float_format=numbers)}\n```" for title, part in parts.items()]
     write_text(out / "comparison.md", "\n\n".join(text))

@@ -443,14 +443,16 @@ def test_a_run_that_came_later_inside_the_same_window_is_warned_of(demo, trained
 # ---------------------------------------------------------------- many runs
 
 
-def table_run(root, backbone, seed, val_loss, data_set="golestan", f1=0.9, suffix="", origin="pretrained", **more):
+def table_run(
+    root, backbone, seed, val_loss, data_set="golestan", f1=0.9, suffix="", origin="pretrained", solved=False, **more
+):
     """A run folder with what a comparison reads: config.json and epochs.csv of three epochs, the second one best."""
     folder = root / data_set / backbone / f"seed{seed}{suffix}"
     folder.mkdir(parents=True)
     (folder / "best.pt").touch()
     settings = {"backbone": backbone, "seed": seed, "fold": None, "data": data_set, "shuffle_labels": False} | more
     config = {"data_set": data_set, "weights_origin": origin, "parameters": 8_100_000, "settings": settings}
-    config["chance_loss"] = 0.5832
+    config |= {"chance_loss": 0.5832, "solved": solved}
     write_json(folder / "config.json", config)
     names = ["loss", "accuracy", "precision", "recall", "f1", "roc_auc"]
     measured = [f"{split}_{name}" for split in ("train", "val") for name in names]
@@ -478,11 +480,29 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     assert "shuffled" in table["notes"]["vgg11"]
     text = (tmp_path / "comparison.md").read_text()
     header = next(line for line in text.splitlines() if "data_set" in line)
-    columns = ["data_set", "backbone", "parameters_millions", "best_epoch"]
+    columns = ["data_set", "backbone", "parameters_millions", "judged", "best_epoch"]
     for split in ("train", "val"):
         columns += [f"{split}_{name}" for name in ("loss", "accuracy", "f1", "precision", "recall")]
-    assert header.split()[:16] == [*columns, "chance_loss", "seconds"]
+    assert header.split()[:17] == [*columns, "chance_loss", "seconds"]
     assert "Kruskal" not in text  # no replicates, no tests
+
+
+def test_what_no_picture_chose_stands_apart_from_the_epoch_that_was_chosen(tmp_path):
+    table_run(tmp_path, "resnet18", 1, 0.2)
+    table_run(tmp_path, "vgg11", 1, 0.1)
+    for backbone, loss in (("pixels", 0.4), ("mobileone_s3", 0.3)):
+        for seed in (1, 2, 3):
+            table_run(tmp_path, backbone, seed, loss + seed / 100, solved=True)
+    for seed in (4, 5):
+        table_run(tmp_path, "resnet18", seed, 0.2)
+    assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
+    table = pd.read_csv(tmp_path / "comparison.csv")
+    assert table["judged"].tolist() == ["out of fold"] * 6 + ["validation"] * 4
+    assert table["backbone"].tolist() == ["mobileone_s3"] * 3 + ["pixels"] * 3 + ["vgg11"] + ["resnet18"] * 3
+    text = (tmp_path / "comparison.md").read_text()
+    assert "too good beside the others" in text.split("```")[0]
+    pairs = [line.split("  ")[0] for line in text.splitlines() if " / " in line]
+    assert pairs == ["golestan/mobileone_s3 / golestan/pixels"]  # tests are between what is judged alike
 
 
 def replicates_in(path):
