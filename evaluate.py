@@ -306,7 +306,7 @@ def evaluate(runs, home, args):
     print(metrics.to_string(**numbers))
     if metrics["low"].isna().all():
         print(f"no intervals: they need {FEWEST} pictures (or groups) of each class")
-    print(f"\nHow well what else is known of all {len(originals)} runs tells their phenotypes apart alone:")
+    print(f"\nWhat else is known of all {len(originals)} runs, and how well it alone tells their phenotypes apart:")
     print(confounders.to_string(**numbers))
     for name in suspects:
         print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")
