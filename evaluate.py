@@ -59,7 +59,7 @@ def title_of(checkpoints, what):
         parts.insert(0, f"ensemble of {len(checkpoints)}")
     for checkpoint in checkpoints:
         parts += cautions(checkpoint["config"])
-        if checkpoint["val_loss"] >= checkpoint["config"]["chance_loss"]:
+        if checkpoint["by_chance"]:
             parts.append("on validation pictures no better than chance")
     return "; ".join(dict.fromkeys(parts))  # each once
 

@@ -57,7 +57,7 @@ class Scores(nn.Module):
 
 
 def choose_layers(model, names=None):
-    """[names of modules of the backbone to explain]; none where the head sees the picture alone.
+    """[names of modules of the backbone to explain]; none where the head sees the picture alone or timm lists none.
 
     Default: the finest map that the head sees. Where that is the network's last, which is coarse and looks up to 7 % of
     the axis away from where upsampling paints it, the deepest map of a quarter of the picture's side.
@@ -69,7 +69,8 @@ def choose_layers(model, names=None):
         if finest["reduction"] == stages[-1]["reduction"]:
             fine = max(4, stages[0]["reduction"])
             finest = [stage for stage in stages if stage["reduction"] <= fine][-1]
-        names = [finest["module"]]
+        coarser = [stage for stage in stages if stage["reduction"] >= finest["reduction"]]
+        names = [stage["module"] for stage in coarser if stage["module"] in modules][:1]
     names = names or []
     for name in names:
         if name not in modules:
@@ -88,8 +89,9 @@ def heat_maps(model, layers, recipe, pictures, k):
             x = inputs_of(model, recipe, [picture]).to(DEVICE).requires_grad_(True)
             try:
                 heat = cam.fuse_cams(cam(k, scores(x), normalized=False))
-            except (AssertionError, RuntimeError) as error:  # the logits do not come from there
-                raise InputError(f"no heat at {', '.join(layers)} ({error}); name others with --layers") from None
+            except (AssertionError, AttributeError, RuntimeError) as error:  # the logits do not come from there
+                reason = f"{', '.join(layers)} ({first_line(error)})"
+                raise InputError(f"no heat at {reason}; name others with --layers") from None
             yield resized(heat.float(), picture.shape)[0].cpu().numpy()
 
 
@@ -335,10 +337,15 @@ def explain(args):
         table["caption"] = [f"P({class_name}) = {value:.2f}" for value in probabilities[:, k]]
         shown = in_turn(table, args.n)
         of_shown = [pictures[i] for i in shown.index]
-        maps = list(heat_maps(model, layers, recipe, of_shown, k))
-        cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {', '.join(layers)}; {title}")
+        try:
+            maps = list(heat_maps(model, layers, recipe, of_shown, k))
+            cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {', '.join(layers)}; {title}")
+        except InputError as error:  # the ranking of features needs no heat
+            if args.layers or features is None:
+                raise
+            print(f"no cam_grid.png: {error}")
     else:
-        print("pixels: no network, so there is no cam_grid.png")
+        print("no cam_grid.png: timm lists no layer of this model to explain")
 
     if features is not None:
         # The mean over the injections of a person (of each phenotype: before and after) is one run of n.

@@ -37,6 +37,28 @@ def network(two):
     return data.parent / "runs" / data.name / "test_resnet" / "seed2643"
 
 
+def test_where_heat_fails_the_ranking_is_written_all_the_same(two, network, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise InputError("no heat at stage2 (a list has no place); name others with --layers")
+
+    monkeypatch.setattr(explain, "heat_maps", fails)
+    assert run("explain.py", network, "--out", tmp_path, cwd=two[0].parent) == (0, "")
+    assert "no cam_grid.png: no heat at stage2" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"features.csv", "inclusion.csv", "overlay.png"}
+    status, line = run("explain.py", network, "--out", tmp_path, "--layers", "layer1", cwd=two[0].parent)
+    assert status == 1 and "no heat at stage2" in line
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "coat_mini", "mvitv2_tiny"])
+def test_a_backbone_whose_maps_cannot_be_hooked_says_so_in_one_line(name):
+    """Of these timm lists no module, or one that is not called or gives lists."""
+    model = Classifier(name, 1, finetune="all").eval()
+    layers = explain.choose_layers(model)
+    if layers:
+        with pytest.raises(InputError, match="no heat at"):
+            next(explain.heat_maps(model, layers, RECIPE, [np.zeros((64, 64), np.uint8)], 1))
+
+
 def test_resizing_keeps_every_position_to_half_a_pixel():
     ramp = ((torch.arange(16) + 0.5) / 16).expand(1, 16, 16)  # the value is the fraction of the axis
     fine = explain.resized(ramp, (64, 100))[0, 0]

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -324,8 +325,9 @@ def test_a_rate_that_shakes_the_network_is_never_suggested():
     assert train.suggest_lr(diverges, frozen=False) == (1e-2, "highest rate without harm")
 
 
-def test_the_head_of_a_frozen_backbone_is_solved(demo, tmp_path):
+def test_the_head_of_a_frozen_backbone_is_solved(demo, tmp_path, monkeypatch):
     """At the optimum the gradient of loss and penalty is zero, of training and validation pictures together."""
+    monkeypatch.setattr(train, "shrinkage", lambda *_: 1.0)
     folder = train_in(tmp_path, demo, "--finetune", "head", "--scales", "last:2", "--optimizer", "auto")
     model, _ = train.load_run(folder)
     pictures, recipe = labelled(demo, "train", "val")  # --augmentation none: the draws are all alike
@@ -473,7 +475,7 @@ def test_stored_features_equal_fresh_pictures_epoch_by_epoch(demo, tmp_path):
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9"])
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9", "lambda_resnet26t"])
 def test_branches_are_fused_for_extraction_alone_and_give_the_same_features(demo, name):
     pictures, recipe = labelled(demo, "val")
     model = Classifier(name, 1, image_size=64).eval()
@@ -515,20 +517,57 @@ def test_every_picture_is_held_out_once_from_weights_and_epoch_and_judged_by_tha
     assert sorted(names) == sorted(pictures["sample_name"])
 
 
-def test_a_model_that_is_no_better_than_the_class_shares_is_called_so(demo, tmp_path, capsys):
+def test_a_head_that_is_too_sure_shrinks_to_the_class_shares_and_one_that_is_right_does_not():
+    rng = np.random.default_rng(0)
+    labels = torch.tensor(rng.random(300) < 0.27).long()
+    sure = torch.tensor(rng.normal(0, 20, (300, 1)))  # logits of no meaning
+    _, baseline = train.solved(torch.empty(300, 0, dtype=torch.double), labels, 1)
+    share = labels.double().mean()
+    assert baseline.item() == pytest.approx(torch.log(share / (1 - share)).item(), abs=1e-4)
+    assert train.shrinkage(sure, baseline, labels) == 0.01
+    shrunk = train.loss_of(torch.lerp(baseline, sure, 0.01), labels)
+    assert shrunk < 1.05 * train.chance_loss_of(labels) < train.loss_of(sure, labels)
+    assert train.shrinkage(9 * (2 * labels[:, None].double() - 1), baseline, labels) == 1
+
+
+def test_chance_is_a_test_of_the_auc_that_holds_for_one_of_twenty_shuffled_cohorts():
+    rng = np.random.default_rng(0)
+    labels, score = np.arange(96) < 30, rng.normal(size=96)
+    aucs = [deeplcms.roc_auc(rng.permutation(labels), score) for _ in range(2000)]
+    assert np.mean(np.array(aucs) > train.chance_auc_of(labels)) == pytest.approx(0.05, abs=0.015)
+
+
+def test_a_model_that_is_no_better_than_chance_is_called_so(demo, tmp_path, capsys):
     entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
     assert train.chance_loss_of(np.array([0, 0, 0, 1])) == pytest.approx(entropy)
-    train_in(tmp_path, demo, "--epochs", 1, "--lr", 1e-12)  # it stays at even odds
-    assert "warning: no better than the class shares alone, whose loss is 0.6" in capsys.readouterr().out
+    train_in(tmp_path, demo, "--shuffle-labels", "--optimizer", "auto", backbone="pixels")
+    assert (
+        "warning: no better than chance: of shuffled labels 1 in 20 has a ROC AUC above 0.6" in capsys.readouterr().out
+    )
     assert run("evaluate.py", cwd=tmp_path) == (0, "")
     assert "on validation pictures no better than chance" in capsys.readouterr().out
 
 
-def two_processes(tmp_path, data, *flags):
+def torchrun(tmp_path, data, *flags, timeout=600):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
     command += [str(ROOT / "train.py"), *map(str, tiny(data, *flags))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
+
+
+def two_processes(tmp_path, data, *flags):
+    done = torchrun(tmp_path, data, *flags)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_end_within_seconds_when_one_of_them_fails_in_a_sweep(demo, tmp_path):
+    """One picture cannot be read, and only one process has it: caught there, the other would wait for ever."""
+    data = tmp_path / "cut"
+    shutil.copytree(demo, data, ignore=shutil.ignore_patterns("raw"))
+    cut = sorted(data.glob("train/exposed/*.png"))[0]
+    cut.write_bytes(cut.read_bytes()[:-200])
+    flags = ["--backbone", "test_resnet", "pixels", "--finetune", "all", "--epochs", 1, "--image-size", 32]
+    done = torchrun(tmp_path, data, *flags, timeout=100)
+    assert done.returncode == 1 and not list(tmp_path.glob("runs/cut/*/seed*/best.pt"))
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(demo, tmp_path):
