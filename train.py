@@ -67,7 +67,7 @@ ARTICLE = """
     mixnet_xl.ra_in1k""".split()
 
 # Defaults when no --data is given, so that two CPU cores need minutes, not hours.
-DEMO = {"image_size": 128, "lr": 0.01, "finetune": "all", "epochs": 12}
+DEMO = {"image_size": 112, "lr": 0.01, "finetune": "all", "epochs": 14}
 
 OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "adamax": Adamax, "rmsprop": RMSprop}
 SCHEDULERS = {
@@ -86,9 +86,9 @@ AUGMENTATION = {
     "none": {"warp": 0, "gain": 0, "erase": 0, "erase_size": 0, "rotate": 0, "color_jitter": 0},
 }
 
-# Which maps a head sees by default, STRIDE:GRID: stride 1 is the picture, a grid of N pools a map to N x N cells. Of
-# "head", a frozen backbone's, those strides that it has.
-SCALES = {"pixels": ["1:56"], "head": ["1:56", "8:14", "16:14"], "all": ["last:3"]}
+# Which maps a head sees by default, STRIDE:GRID: stride 1 is the picture, a grid of N pools a map to N x N cells. A
+# network's head sees those strides that it has.
+SCALES = {"pixels": ["1:56"], "network": ["1:56", "8:14", "16:14"]}
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
 STATISTICS_FROM = 200  # pictures: batch norms of averaged weights take their mean and variance from so many
 FEW = 30  # validation pictures, below which their loss is too much a matter of luck to choose an epoch by
@@ -232,7 +232,7 @@ class Classifier(nn.Module):
             self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
             self.mean, self.std = own.mean[:CHANNELS], own.std[:CHANNELS]
             strides += [stage["reduction"] for stage in self.backbone.feature_info]
-        self.scales = chosen_scales(scales, strides, backbone, finetune)
+        self.scales = chosen_scales(scales, strides, backbone)
         last_of = {stride: i - 1 for i, stride in enumerate(strides)}  # of several maps of one stride the last
         self.maps = [last_of[stride] for stride, _ in self.scales if stride > 1]
         with torch.no_grad():
@@ -283,10 +283,10 @@ class Classifier(nn.Module):
         return self.head(self.head_inputs(x))
 
 
-def chosen_scales(scales, strides, backbone, finetune):
+def chosen_scales(scales, strides, backbone):
     """[(stride, grid)], strides ascending, of ["STRIDE:GRID"], where a stride may be called last; None: the default."""
     known, chosen = [str(stride) for stride in dict.fromkeys(strides)], {}
-    for text in scales or SCALES["pixels" if backbone == "pixels" else finetune]:
+    for text in scales or SCALES["pixels" if backbone == "pixels" else "network"]:
         stride, _, grid = text.replace("last", known[-1]).partition(":")
         if stride not in known and not scales:
             continue  # of the default those that the backbone has
