@@ -90,7 +90,7 @@ AUGMENTATION = {
 # network's head sees those strides that it has.
 SCALES = {"pixels": ["1:56"], "network": ["1:56", "8:14", "16:14"]}
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
-STATISTICS_FROM = 200  # pictures: batch norms of averaged weights take their mean and variance from so many
+STATISTICS_FROM = 200  # training pictures, as they are, that give batch norms of averaged weights mean and variance
 FEW = 30  # validation pictures, below which their loss is too much a matter of luck to choose an epoch by
 STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
 # What --tune tries, every combination of it: flags and their values (of AUGMENTATION --warp alone is one).
@@ -433,7 +433,7 @@ def make_loaders(model, table, recipe, args, store):
     """{"train", "val"} data loaders of pictures, or with --views K of stored features; the loop does not see which.
 
     table: the pictures of this training; each view of one is an item of its own. Fits the standardisation of a frozen
-    backbone.
+    backbone; any other has a third loader, "statistics": training pictures without augmentation, for its batch norms.
     """
     part = {split: table[table["split"] == split] for split in ("train", "val")}
     if args.views:
@@ -448,12 +448,23 @@ def make_loaders(model, table, recipe, args, store):
         model.fit_standardize(clean)
     options = {"num_workers": 0 if args.views else args.workers, "pin_memory": CUDA}
     sampler = DistributedSampler(train, WORLD, RANK, seed=args.seed)
-    alone = len(sampler) % args.batch_size == 1 and len(sampler) > 1  # one picture has no batch statistics
     mine = range(RANK, len(val), WORLD)
-    return {
-        "train": DataLoader(train, args.batch_size, sampler=sampler, drop_last=alone, **options),
+    loaders = {
+        "train": DataLoader(
+            train, args.batch_size, sampler=sampler, drop_last=leaves_one(sampler, args.batch_size), **options
+        ),
         "val": DataLoader(val, max(args.batch_size, 32), sampler=mine, **options),
     }
+    if not model.frozen:
+        some = part["train"].iloc[:: math.ceil(len(part["train"]) / STATISTICS_FROM)]
+        some = Pictures(some, to_input(model, recipe))
+        loaders["statistics"] = DataLoader(some, 32, drop_last=leaves_one(some, 32), **options)
+    return loaders
+
+
+def leaves_one(data, batch_size):
+    """Is the last batch a single picture? It has no batch statistics."""
+    return len(data) % batch_size == 1 and len(data) > 1
 
 
 def batches_of(loader, epoch, args):
@@ -543,6 +554,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
         history, best_weights, lr = last["history"], last["best_weights"], last["history"][0]["lr"]
     elif lr == "auto":
         lr = find_lr(model, loaders, args, run)
+    clean = [] if model.frozen else list(loaders["statistics"])
     network, window = distributed(model), max(3, args.epochs // 10)
 
     def recent_mean(mean, new, n):  # n: epochs before this one
@@ -573,7 +585,10 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
         averaged.update_parameters(model)
         if not model.frozen:
-            renew_statistics(averaged.module, loaders["train"], epoch, args)
+            with autocast(args):
+                update_bn(
+                    clean, averaged.module, DEVICE
+                )  # the mean of batch norms' statistics does not fit these weights
 
         row = {"epoch": epoch, **judged("train", outputs), **judged("val", predict(averaged.module, loaders["val"]))}
         row["kept"] = few or not history or row["val_loss"] < best_of(history)["val_loss"]
@@ -593,20 +608,6 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
                 torch.save(contents, temporary)
         report(row)
     return history, best_weights
-
-
-def renew_statistics(model, loader, epoch, args):
-    """Compute the statistics of batch norms anew, on the first training pictures of an epoch.
-
-    They belong to the weights: the mean of several epochs' statistics does not fit the mean of their weights.
-    """
-    n_batches = math.ceil(STATISTICS_FROM / args.batch_size)
-    batches = list(itertools.islice(batches_of(loader, epoch, args), n_batches))
-    with autocast(args):
-        update_bn(batches, model, DEVICE)
-    if WORLD > 1:
-        for buffer in model.buffers():  # each process has seen pictures of its own
-            dist.broadcast(buffer, 0)
 
 
 def recorded(row, what, history, best_weights, model, run):

@@ -428,7 +428,7 @@ def test_the_weights_that_are_kept_are_as_good_as_those_they_average_at_each_epo
 
     def report(row):
         raw = copy.deepcopy(model)
-        train.renew_statistics(raw, learn.args[1]["train"], row["epoch"], args)
+        train.update_bn(learn.args[1]["statistics"], raw)
         raw_losses.append(loss_on_validation(raw, pictures, recipe))
 
     history, _ = learn(report=report)
