@@ -67,7 +67,7 @@ ARTICLE = """
     mixnet_xl.ra_in1k""".split()
 
 # Defaults when no --data is given, so that two CPU cores need minutes, not hours.
-DEMO = {"image_size": 112, "lr": 0.01, "finetune": "all", "epochs": 14}
+DEMO = {"image_size": 112, "lr": 0.01, "finetune": "all", "epochs": 12}
 
 OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "adamax": Adamax, "rmsprop": RMSprop}
 SCHEDULERS = {
