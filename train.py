@@ -86,8 +86,8 @@ AUGMENTATION = {
     "none": {"warp": 0, "gain": 0, "erase": 0, "erase_size": 0, "rotate": 0, "color_jitter": 0},
 }
 
-# Which maps a head sees by default, STRIDE:GRID: stride 1 is the picture, a grid of N pools a map to N x N cells. A
-# network's head sees those strides that it has.
+# Which maps a head sees by default, STRIDE:GRID: stride 1 is the picture, a grid of N pools a map to N x N cells. The
+# head of a network sees those of its strides that are listed.
 SCALES = {"pixels": ["1:56"], "network": ["1:56", "8:14", "16:14"]}
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
 STATISTICS_FROM = 200  # training pictures, as they are, that give batch norms of averaged weights mean and variance
@@ -103,7 +103,7 @@ CHANNELS = 3  # of an input: red, green and blue of the colormap
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # no such function: not known
+FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # older torch does not know
 
 
 def say(text):
@@ -448,11 +448,9 @@ def make_loaders(model, table, recipe, args, store):
         model.fit_standardize(clean)
     options = {"num_workers": 0 if args.views else args.workers, "pin_memory": CUDA}
     sampler = DistributedSampler(train, WORLD, RANK, seed=args.seed)
-    mine = range(RANK, len(val), WORLD)
+    alone, mine = leaves_one(sampler, args.batch_size), range(RANK, len(val), WORLD)
     loaders = {
-        "train": DataLoader(
-            train, args.batch_size, sampler=sampler, drop_last=leaves_one(sampler, args.batch_size), **options
-        ),
+        "train": DataLoader(train, args.batch_size, sampler=sampler, drop_last=alone, **options),
         "val": DataLoader(val, max(args.batch_size, 32), sampler=mine, **options),
     }
     if not model.frozen:
@@ -544,9 +542,10 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     """Train for --epochs, or until --patience epochs have brought nothing better: the one loop.
 
     What is validated and kept is a mean of the weights over about the last tenth of the epochs (Izmailov et al. 2018,
-    arXiv:1803.05407): with few pictures a single epoch is good or bad by luck. Returns the history, a dict an epoch,
-    and the averaged weights of the best one. With a run folder last.pt and epochs.csv follow every epoch, and training
-    goes on from a last.pt that is there. report(row) hears of each epoch.
+    arXiv:1803.05407): with few pictures a single epoch is good or bad by luck. Batch norms take their statistics for
+    it from training pictures without augmentation. Returns the history, a dict an epoch, and the weights of the best.
+    With a run folder last.pt and epochs.csv follow every epoch, and training goes on from a last.pt that is there.
+    report(row) hears of each epoch.
     """
     last, history, best_weights, lr = None, [], None, args.lr
     if run and (run / "last.pt").exists():
@@ -584,11 +583,9 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
         for x, y in progress(batches, f"epoch {epoch}/{args.epochs}", len(loaders["train"])):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
         averaged.update_parameters(model)
-        if not model.frozen:
+        if not model.frozen:  # the mean of several epochs' statistics does not fit the mean of their weights
             with autocast(args):
-                update_bn(
-                    clean, averaged.module, DEVICE
-                )  # the mean of batch norms' statistics does not fit these weights
+                update_bn(clean, averaged.module, DEVICE)
 
         row = {"epoch": epoch, **judged("train", outputs), **judged("val", predict(averaged.module, loaders["val"]))}
         row["kept"] = few or not history or row["val_loss"] < best_of(history)["val_loss"]
