@@ -91,7 +91,6 @@ AUGMENTATION = {
 SCALES = {"pixels": ["1:56"], "network": ["1:56", "8:14", "16:14"]}
 PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
 STATISTICS_FROM = 200  # training pictures, as they are, that give batch norms of averaged weights mean and variance
-FEW = 30  # validation pictures, below which their loss is too much a matter of luck to choose an epoch by
 STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
 # What --tune tries, every combination of it: flags and their values (of AUGMENTATION --warp alone is one).
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
@@ -528,7 +527,7 @@ def judged(split, outputs):
 
 
 def best_of(history):
-    """The epoch whose weights are kept: the one of lowest validation loss, or with few validation pictures the last."""
+    """The epoch whose weights are kept: the last, or with a lower --patience the one of lowest validation loss."""
     return [row for row in history if row["kept"]][-1]
 
 
@@ -539,11 +538,11 @@ def trained_weights(model):
 
 
 def fit(model, loaders, args, run=None, report=lambda row: None):
-    """Train for --epochs, or until --patience epochs have brought nothing better: the one loop.
+    """Train to the end of the schedule, or until --patience epochs have brought nothing better: the one loop.
 
     What is validated and kept is a mean of the weights over about the last tenth of the epochs (Izmailov et al. 2018,
     arXiv:1803.05407): with few pictures a single epoch is good or bad by luck. Batch norms take their statistics for
-    it from training pictures without augmentation. Returns the history, a dict an epoch, and the weights of the best.
+    it from training pictures without augmentation. Returns the history, a dict an epoch, and the weights to keep.
     With a run folder last.pt and epochs.csv follow every epoch, and training goes on from a last.pt that is there.
     report(row) hears of each epoch.
     """
@@ -559,9 +558,9 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     def recent_mean(mean, new, n):  # n: epochs before this one
         return mean + (new - mean) / (n + 1).clamp(max=window)
 
-    averaged, few = AveragedModel(model, avg_fn=recent_mean), len(loaders["val"].dataset) < FEW
-    if few:
-        say(f"fewer than {FEW} validation pictures cannot choose an epoch: the last of {args.epochs} is kept")
+    averaged, to_the_end = AveragedModel(model, avg_fn=recent_mean), args.patience >= args.epochs
+    if to_the_end:
+        say(f"all {args.epochs} epochs are trained and the last is kept; a lower --patience keeps the best instead")
     optimizer, scaler = make_optimizer(model, args, lr)
     scheduler = SCHEDULERS[args.scheduler](optimizer, args)
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -588,7 +587,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
                 update_bn(clean, averaged.module, DEVICE)
 
         row = {"epoch": epoch, **judged("train", outputs), **judged("val", predict(averaged.module, loaders["val"]))}
-        row["kept"] = few or not history or row["val_loss"] < best_of(history)["val_loss"]
+        row["kept"] = to_the_end or not history or row["val_loss"] < best_of(history)["val_loss"]
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
@@ -822,7 +821,8 @@ def prepare(args, pictures, classes, recipe, store):
         n_steps = math.ceil(n_train / args.batch_size / WORLD)
         args.epochs = min(100, max(20, math.ceil(400 / n_steps)))
     if args.patience == "auto":
-        args.patience = max(10, args.epochs // 4)
+        # The lowest validation loss chose no better epoch than the last of a cosine schedule (EXPERIMENTS).
+        args.patience = args.epochs if args.scheduler == "cosine" else max(10, args.epochs // 4)
     judged_on = table["split"].isin(("train", "val") if solve else ("val",)) & ~table["copy"]
     facts = {
         "classes": classes,
@@ -1059,7 +1059,9 @@ def make_parser():
     add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=or_auto(count), default="auto", help="at most; auto: for 400 steps, 20 to 100")
-    patience = "stop after so many without a better validation loss, the first half of --epochs not counted"
+    patience = (
+        "keep the epoch of lowest validation loss, stop after so many others; auto: all of a cosine, its last kept"
+    )
     add("--patience", type=or_auto(count), default="auto", help=patience)
     add("--batch-size", type=or_auto(count), default="auto", help="of each process; auto: 8, from 1,000 pictures on 32")
     add("--lr", type=or_auto(float), default="auto", help="learning rate, or auto: range test")

@@ -255,7 +255,7 @@ def test_best_pt_is_the_epoch_that_is_kept_and_gives_its_figures_back(trained, d
     names = {path.name for path in trained.iterdir()}
     assert names >= {"config.json", "epochs.csv", "curves.png", "transformed_grid.png", "best.pt", "last.pt"}
     epochs = epochs_of(trained)
-    best = epochs.iloc[-1]  # the last, as seven validation pictures are few
+    best = epochs.iloc[-1]
     model, checkpoint = train.load_run(trained)
     assert checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["weights_origin"] == "random initialisation"
     pictures, recipe = deeplcms.find_pictures(demo, ("train",))
@@ -401,23 +401,24 @@ def loss_on_validation(model, pictures, recipe):
     return train.loss_of(*train.collect(train.predict(model, loader))).item()
 
 
-@pytest.mark.parametrize("few", [0, train.FEW])
-def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, monkeypatch, capsys, few):
-    """Of all so far, here of three, up to that of lowest validation loss, or with few validation pictures the last."""
-    monkeypatch.setattr(train, "FEW", few)
-    learn, model, pictures, recipe, _ = whole_network(demo, "--epochs", 3)
+@pytest.mark.parametrize("patience", ["auto", 2])
+def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, capsys, patience):
+    """Here of three, up to the last epoch of the schedule, or with --patience up to that of lowest validation loss."""
+    learn, model, pictures, recipe, _ = whole_network(demo, "--epochs", 3, "--patience", patience)
     epochs = []
     history, kept = learn(report=lambda row: epochs.append(train.trained_weights(model)))
     n = train.best_of(history)["epoch"]
     losses = [row["val_loss"] for row in history]
-    assert n == (3 if few else 1 + np.argmin(losses)) > 1 and [row["kept"] for row in history].count(True) > 1
+    assert (
+        n == (3 if patience == "auto" else 1 + np.argmin(losses)) > 1
+        and [row["kept"] for row in history].count(True) > 1
+    )
     for name, _ in model.named_parameters():
         torch.testing.assert_close(kept[name], torch.stack([weights[name] for weights in epochs[:n]]).mean(0))
     assert not torch.equal(kept["head.weight"], epochs[n - 1]["head.weight"])
     model.load_state_dict(kept)
     assert loss_on_validation(model, pictures, recipe) == pytest.approx(history[n - 1]["val_loss"])
-    words = "fewer than 30 validation pictures cannot choose an epoch: the last of 3 is kept"
-    assert capsys.readouterr().out.count(words) == bool(few)
+    assert capsys.readouterr().out.count("all 3 epochs are trained and the last is kept") == (patience == "auto")
 
 
 @pytest.mark.parametrize("seed", [2643, 3])
@@ -437,21 +438,21 @@ def test_the_weights_that_are_kept_are_as_good_as_those_they_average_at_each_epo
 
 
 @pytest.mark.parametrize(
-    ("curve", "n_epochs", "kept"),
+    ("curve", "patience", "n_epochs", "kept"),
     [
-        ([0.6] + [0.7] * 18 + [0.2], 20, 20),  # worst in the middle: the schedule brings it to its end
-        ([0.6, 0.5] + [0.7] * 38, 30, 2),  # rises for good: ten epochs without a better one, from the middle on
+        ([0.6] + [0.7] * 18 + [0.65], "auto", 20, 20),  # a cosine schedule is trained to its end
+        ([0.6] + [0.7] * 18 + [0.2], 10, 20, 20),  # worst in the middle
+        ([0.6, 0.5] + [0.7] * 38, 10, 30, 2),  # rises for good: ten epochs without a better one, from the middle on
     ],
 )
-def test_patience_counts_from_the_middle_of_the_schedule_on(demo, monkeypatch, curve, n_epochs, kept):
-    monkeypatch.setattr(train, "FEW", 0)
+def test_patience_counts_from_the_middle_of_the_schedule_on(demo, monkeypatch, curve, patience, n_epochs, kept):
     judged, losses = train.judged, iter(curve)
 
     def on_the_curve(split, outputs):
         return judged(split, outputs) | ({"val_loss": next(losses)} if split == "val" else {})
 
     monkeypatch.setattr(train, "judged", on_the_curve)
-    learn, *_ = whole_network(demo, "--epochs", len(curve), "--image-size", 32)
+    learn, *_ = whole_network(demo, "--epochs", len(curve), "--image-size", 32, "--patience", patience)
     history, _ = learn()
     assert (len(history), train.best_of(history)["epoch"]) == (n_epochs, kept)
 
@@ -603,8 +604,7 @@ def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(de
     assert len(list(tmp_path.glob("runs/demo/*/seed*/best.pt"))) == 2
 
 
-def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo, monkeypatch):
-    monkeypatch.setattr(train, "FEW", 0)  # as if its seven validation pictures were many
+def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo):
     arguments = ["--backbone", "test_resnet", "--weights", "random", "--image-size", 64, "--shuffle-labels", "--no-amp"]
     assert run("train.py", *arguments, "--epochs", 30, "--patience", 1, cwd=demo.parent) == (0, "")
     folder = demo.parent / "runs/demo/test_resnet/seed2643-shuffled"
