@@ -595,7 +595,7 @@ def test_two_processes_keep_the_network_that_they_have_judged(demo, tmp_path):
 
 def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(demo, tmp_path):
     backbones = ["inception_v3", "test_resnet", "pixels"]  # the first cannot do with pictures of 64 pixels
-    arguments = ["--backbone", *backbones, *tiny(demo, "--epochs", 1)[2:]]
+    arguments = ["--backbone", *backbones, *tiny(demo, "--scales", "last:3", "--epochs", 1)[2:]]
     first = call("train.py", *arguments, cwd=tmp_path)
     assert first.returncode == 1 and "Traceback" not in first.stderr
     assert "left out: runs/demo/inception_v3/seed2643: " in first.stderr
