@@ -541,10 +541,9 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     """Train to the end of the schedule, or until --patience epochs have brought nothing better: the one loop.
 
     What is validated and kept is a mean of the weights over about the last tenth of the epochs (Izmailov et al. 2018,
-    arXiv:1803.05407): with few pictures a single epoch is good or bad by luck. Batch norms take their statistics for
-    it from training pictures without augmentation. Returns the history, a dict an epoch, and the weights to keep.
-    With a run folder last.pt and epochs.csv follow every epoch, and training goes on from a last.pt that is there.
-    report(row) hears of each epoch.
+    arXiv:1803.05407), as one epoch alone is good or bad by luck. Its batch norms take their statistics from training
+    pictures without augmentation. Returns the history, a dict an epoch, and the weights to keep. With a run folder
+    last.pt and epochs.csv follow every epoch, and training goes on from a last.pt. report(row) hears of each epoch.
     """
     last, history, best_weights, lr = None, [], None, args.lr
     if run and (run / "last.pt").exists():
@@ -559,8 +558,6 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
         return mean + (new - mean) / (n + 1).clamp(max=window)
 
     averaged, to_the_end = AveragedModel(model, avg_fn=recent_mean), args.patience >= args.epochs
-    if to_the_end:
-        say(f"all {args.epochs} epochs are trained and the last is kept; a lower --patience keeps the best instead")
     optimizer, scaler = make_optimizer(model, args, lr)
     scheduler = SCHEDULERS[args.scheduler](optimizer, args)
     states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -823,6 +820,8 @@ def prepare(args, pictures, classes, recipe, store):
     if args.patience == "auto":
         # The lowest validation loss chose no better epoch than the last of a cosine schedule (EXPERIMENTS).
         args.patience = args.epochs if args.scheduler == "cosine" else max(10, args.epochs // 4)
+    if not solve and args.patience >= args.epochs:
+        say(f"all {args.epochs} epochs are trained and the last is kept; a lower --patience keeps the best instead")
     judged_on = table["split"].isin(("train", "val") if solve else ("val",)) & ~table["copy"]
     facts = {
         "classes": classes,
