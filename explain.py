@@ -10,9 +10,9 @@ there with the network's probability from run to run: do its calls go with it? I
 the direction. Heat (LayerCAM) shows roughly where a picture's probability comes from, and whatever is bright.
 
 Neither proves a cause: a network needs only some of the compounds that differ, and neighbours in a box (in_box) look
-the same to it. The ranking takes all pictures; those trained on are called by heart, so that evidence comes near to t,
-and --split test asks for the calls of unseen ones alone. q speaks of the calls, right or wrong. These are made of the
-intensities, so they go with some of them even where the phenotypes do not differ: inclusion.csv asks for t_q, too.
+the same to it. The ranking uses all pictures. The network has memorised those it was trained on, so evidence is close
+to t; --split test ranks by unseen pictures alone. q tests the predictions, right or wrong. The network computes them
+from these intensities, so some correlate even where the phenotypes do not differ: inclusion.csv also needs t_q < 0.05.
 
 Written to RUN/explain/: cam_grid.png, overlay.png, features.csv, and inclusion.csv, as Orbitraps import a mass list.
 """

@@ -543,7 +543,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     What is validated and kept is a mean of the weights over about the last tenth of the epochs (Izmailov et al. 2018,
     arXiv:1803.05407), as one epoch alone is good or bad by luck. Its batch norms take their statistics from training
     pictures without augmentation. Returns the history, a dict an epoch, and the weights to keep. With a run folder
-    last.pt and epochs.csv follow every epoch, and training goes on from a last.pt. report(row) hears of each epoch.
+    it writes last.pt and epochs.csv after each epoch, and continues from a last.pt. It calls report(row) each epoch.
     """
     last, history, best_weights, lr = None, [], None, args.lr
     if run and (run / "last.pt").exists():

@@ -33,7 +33,7 @@ import explain
 import train
 
 SEEDS = (2643, 1, 2)
-MAIN_SEEDS = (2643, 1, 2, 3, 4)  # of trainings on one cohort
+MAIN_SEEDS = (2643, 1, 2, 3, 4)  # five trainings on the demo cohort
 AXES = ["--bins", 256, "--rt-range", 0, 10, "--mz-range", 100, 900]
 SIZES = {"40 runs": "small", "280 runs": "cohort"}
 LITE = ["--backbone", "tf_efficientnet_lite0", "--weights", "pretrained"]  # or --weights FILE
@@ -465,13 +465,12 @@ def weak():
         flags = [*AXES, "--test", 0.4, "--seed", seed]
         call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *flags)
         run = run_of(folder, "pixels", MODELS["pixels"])
-        judged(run)
+        result = judged(run)
         table = pd.read_csv(run / "predictions.csv")
         p, labels = table["probability_exposed"].to_numpy(), (table["phenotype"] == "exposed").to_numpy(int)
-        metrics = deeplcms.metrics_of(labels, np.log(np.stack([1 - p, p], 1)))
         loss = -np.log(np.where(labels, p, 1 - p)).mean()
-        values = [metrics["accuracy"], np.maximum(p, 1 - p).mean(), loss, train.chance_loss_of(labels)]
-        values += [metrics["brier"], metrics["roc_auc"]]
+        values = [result["accuracy"], np.maximum(p, 1 - p).mean(), loss, train.chance_loss_of(labels)]
+        values += [result["Brier score"], result["ROC AUC"]]
         cells = " | ".join(f"{value:.3f}" for value in values)
         print(f"| {seed} | {labels.sum()} of {len(labels)} | {cells} |", flush=True)
 

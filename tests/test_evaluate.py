@@ -102,7 +102,7 @@ def test_what_tells_the_classes_apart_in_no_order_is_flagged():
         day=np.repeat(["2026-11-03", "2026-11-04", "2026-11-05"], 20),
         injection_order=range(60),
         plate=[f"plate {k}" for k in plate],
-        operator=np.where(case, "x", rng.choice(["y", ""], 60)),  # of some runs unknown
+        operator=np.where(case, "x", rng.choice(["y", ""], 60)),  # "": unknown
     )
     table = evaluate.confounders_of(pictures)
     assert set(evaluate.flagged(table)) == {"batch", "number", "day", "injection_order", "plate", "operator"}

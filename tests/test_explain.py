@@ -51,7 +51,7 @@ def test_where_heat_fails_the_ranking_is_written_all_the_same(two, network, tmp_
 
 @pytest.mark.parametrize("name", ["hrnet_w18_small", "coat_mini", "mvitv2_tiny"])
 def test_a_backbone_whose_maps_cannot_be_hooked_says_so_in_one_line(name):
-    """Of these timm lists no module, or one that is not called or gives lists."""
+    """timm lists no module of these, or one that is never called or returns lists."""
     model = Classifier(name, 1, finetune="all").eval()
     layers = explain.choose_layers(model)
     if layers:
