@@ -30,9 +30,9 @@ import pandas as pd
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from deeplcms import SPLITS, STATISTICS, Help, InputError, Recipe, clean_title, colours, count, find_runs, first_few
-from deeplcms import first_difference, histogram_of_run, picture_of_run, profile_of, read_header, read_table, run_script
-from deeplcms import whole_file, write_json, write_table
+from deeplcms import NORMALIZE, SPLITS, STATISTICS, Help, InputError, Recipe, clean_title, colours, count, find_runs
+from deeplcms import first_difference, first_few, histogram_of_run, picture_of_run, profile_of, read_header, read_table
+from deeplcms import run_script, whole_file, write_json, write_table
 
 NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change no picture
 
@@ -311,8 +311,8 @@ def parse_arguments(argv=None):
     add("--bins", type=count, nargs="+", default=[500], help="one number for both axes, or time and m/z")
     add("--rt-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="minutes (default: holds every run)")
     add("--mz-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="m/z (default: holds every run)")
-    scale = "divide by the run's 90th percentile, by the highest bin of each retention time, or by that of the run"
-    add("--normalize", choices=["p90", "rt", "global"], default="p90", help=scale)
+    scale = "divide by a quantile of the run's bins, by the highest bin of each retention time, or by that of the run"
+    add("--normalize", choices=NORMALIZE, default="quantile", help=scale)
     add("--min-intensity", type=float, default=0.0, help="leave weaker peaks out")
     polarity = "leave the scans of the other polarity out; without this a run of both is refused"
     add("--polarity", dest="only_polarity", choices=["positive", "negative"], default="", help=polarity)

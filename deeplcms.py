@@ -25,6 +25,7 @@ from scipy.special import softmax
 from scipy.stats import rankdata
 
 SPLITS = ("train", "val", "test")
+NORMALIZE = ("quantile", "rt", "global")
 RUN = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
 # The numbers known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint.
 STATISTICS = "n_scans scan_kinds n_peaks total_intensity outside rt_first rt_last mz_low mz_high".split()
@@ -40,7 +41,7 @@ class Recipe:
     mz_min: float
     mz_max: float
     bins: tuple = (500, 500)  # of retention time, of m/z
-    normalize: str = "p90"  # by what a run is divided: see picture_of_counts
+    normalize: str = "quantile"  # by what a run is divided: see picture_of_counts
     min_intensity: float = 0.0  # weaker peaks are left out
     sigma: float = 2.0  # of the Gaussian filter, in bins
     colormap: str = "jet"
@@ -53,7 +54,9 @@ class Recipe:
 
     @classmethod
     def from_text(cls, text):
-        """The recipe in the text chunks of a PNG or in a checkpoint; KeyError where a setting is missing."""
+        """The recipe in the text chunks of a PNG or in a checkpoint; KeyError or ValueError where it is another one."""
+        if text["normalize"] not in NORMALIZE:
+            raise ValueError(f"normalize {text['normalize']} is no longer made")
         read = {tuple: lambda t: tuple(map(int, t.split())), bool: lambda t: t == "True"}
         return cls(**{field.name: read.get(field.type, field.type)(text[field.name]) for field in fields(cls)})
 
@@ -119,20 +122,20 @@ def histogram_of_run(path, recipe):
 def picture_of_counts(counts, recipe):
     """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, time to the right, m/z up.
 
-    p90: divided by the 90th percentile of the bins that hold anything, a compound keeps its level whatever elutes
-    beside it; 64 times that percentile is the last colour, in every run. The article divides by the highest bin of each
-    retention time (rt) or of the run (global), and its last colour is the highest value of the picture.
+    quantile: divided by the 0.85 quantile of the histogram after a wide filter; 255 times that is the last colour, in
+    every run. A compound keeps its level whatever elutes beside it. The wide filter spreads peaks over empty bins, so
+    that weak noise hardly moves the quantile, however many bins it reaches. The article divides by the highest bin of
+    each retention time (rt) or of the run (global); its last colour is the highest value of the picture.
     """
-    if recipe.normalize == "p90":
-        scale = 64 * np.quantile(counts[counts > 0], 0.9)
-    elif recipe.normalize == "rt":
-        scale = counts.max(axis=1, keepdims=True)
-        scale[scale == 0] = 1
+    if recipe.normalize == "quantile":
+        values = gaussian_filter(counts, recipe.sigma)
+        wide = gaussian_filter(counts, np.divide(recipe.bins, 125))
+        values /= np.quantile(wide, 0.85) or values.max() / 255  # 0 where a run is nearly empty
     else:
-        scale = counts.max()
-    values = gaussian_filter(counts / scale, recipe.sigma)
-    white = 1 if recipe.normalize == "p90" else values.max()
-    values = np.log1p(255 * values / white) / np.log(256)  # weak compounds are most of the metabolome
+        scale = counts.max(axis=1, keepdims=True) if recipe.normalize == "rt" else counts.max()
+        values = gaussian_filter(counts / np.where(scale == 0, 1, scale), recipe.sigma)
+        values = 255 * values / values.max()
+    values = np.log1p(values) / np.log(256)  # weak compounds are most of the metabolome
     levels = np.minimum(256 * values, 255).astype(np.uint8)
     return np.ascontiguousarray(levels.T[::-1])
 
@@ -262,7 +265,8 @@ def warnings_of(statistics, cohort, recipe):
     margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz, "scan_kinds": 0}
     margins["rt_drift"] = 2 * recipe.bin_size()[0]
     limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items()}
-    limits["total_intensity"] = low["total_intensity"] / 3, high["total_intensity"] * 3
+    limits |= {name: (low[name] / 3, high[name] * 3) for name in ("total_intensity", "n_peaks")}
+    limits["n_scans"] = low["n_scans"] / 1.5, high["n_scans"] * 1.5
     far = [name for name, (least, most) in limits.items() if not least <= statistics[name] <= most]
     warnings = [f"{n} is {statistics[n]:.4g} (training runs: {low[n]:.4g} to {high[n]:.4g})" for n in far]
     if statistics["polarity"] not in set(cohort["polarity"]):

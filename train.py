@@ -385,8 +385,8 @@ def load_run(run):
     try:
         config, checkpoint["recipe"] = checkpoint["config"], Recipe.from_text(checkpoint["recipe"])
         checkpoint["profile"] = np.array(checkpoint["profile"])
-    except KeyError as error:
-        raise InputError(f"{run}/best.pt: not a checkpoint of this train.py, {error} is missing") from None
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{run}/best.pt: not a checkpoint of this train.py ({error})") from None
     scales = [f"{stride}:{grid}" for stride, grid in config["scales"]]
     backbone, finetune = config["settings"]["backbone"], config["finetune"]
     model = Classifier(backbone, config["n_outputs"], scales, config["image_size"], finetune)

@@ -56,14 +56,16 @@ def demo_compounds(rng, n_planted=24, n_background=216):
     return compounds
 
 
-def simulate_run(rng, compounds, lines, exposed, batch):
+def simulate_run(rng, compounds, lines, exposed, batch, interval=2.0, noise=40, threshold=1e3, gain=1.0):
     """Scans [(seconds, m/z ascending, intensity)] of one synthetic centroided run.
+
+    Another method has another interval of scans (seconds), noise peaks a scan, threshold, and gain of all but noise.
 
     Measured in the faahKO runs (Saghatelian 2004), for peaks 33 s wide at half height: days differ by 2-24 s, slowly
     along the gradient, runs of a day by 2 s; sensitivity by 20 %. Peaks are 6-24 s wide here and batches drift by 15 s
     (standard deviation), as from column to column. People's levels differ by a factor of 2.2, a guess for human blood.
     """
-    times = np.arange(0, 60 * MINUTES, 2.0)
+    times = np.arange(0, 60 * MINUTES, interval)
     n = len(times)
     peaks = []  # (scan, m/z, intensity) arrays
     ppm, sensitivity = rng.normal(0, 3), rng.lognormal(0, 0.3)
@@ -95,14 +97,14 @@ def simulate_run(rng, compounds, lines, exposed, batch):
     for unit in range(12):
         level = 4e5 * np.exp(-0.5 * ((unit - 5) / 3) ** 2)
         peaks.append((window, 327.2 + 44.0262 * unit, level * rng.lognormal(0, 0.1, len(window))))
-    m = 40 * n  # electronic noise
-    noise = rng.integers(0, n, m), rng.uniform(*MZ, m), rng.lognormal(np.log(2e3), 0.7, m)
-    peaks.append(noise)
+    peaks = [(scan, mz, gain * height) for scan, mz, height in peaks]
+    m = noise * n  # electronic noise
+    peaks.append((rng.integers(0, n, m), rng.uniform(*MZ, m), rng.lognormal(np.log(2e3), 0.7, m)))
 
     scan, mz, height = np.concatenate([np.broadcast_arrays(*part) for part in peaks], axis=1)
     mz = mz * (1 + 1e-6 * (ppm + rng.normal(0, 2, len(mz))))
     order = np.lexsort((mz, scan))
-    order = order[height[order] > 1e3]  # the detector sees four decades
+    order = order[height[order] > threshold]  # the detector sees four decades
     starts = np.searchsorted(scan[order], np.arange(1, n))
     return list(zip(times, np.split(mz[order], starts), np.split(height[order], starts), strict=True))
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest, ttest_ind
+from scipy.ndimage import gaussian_filter
+from scipy.stats import ttest_ind, wilcoxon
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import convert
@@ -153,31 +154,32 @@ def transfer():
             results.append(judged(out))
         cells += row_of(results, ["accuracy", "ROC AUC"])
     print(f"| votes: pixels and all trained | {' | '.join(cells)} |")
-    only_one_right()
+    wins()
 
 
 def name_of(label):
     return label.replace(",", "").replace(" ", "-")
 
 
-def only_one_right():
-    """Test runs that only the pixels, or only another model, call right, all cohorts together: exact sign test."""
-    print("| | 40 runs: pixels, model, p | 280 runs: pixels, model, p |\n| --- | --- | --- |")
-    for label in list(MODELS)[1:]:
+def wins():
+    """Cohorts on which a model has a higher accuracy than the pixels, a lower one, and Wilcoxon's p over cohorts."""
+    print("| | 40 runs: higher, lower, p | 280 runs: higher, lower, p |\n| --- | --- | --- |")
+    for label in [*list(MODELS)[1:], "head on several scales, random weights"]:
         cells = []
         for size in SIZES.values():
-            right = {}
-            for name in ("pixels", label):
-                runs = [run_of(f"{size}{seed}", name_of(name), MODELS[name]) for seed in SEEDS]
-                right[name] = pd.concat([pd.read_csv(run / "predictions.csv")["right"] == "yes" for run in runs])
-            pixels, model = (right["pixels"] & ~right[label]).sum(), (right[label] & ~right["pixels"]).sum()
-            cells.append(f"{pixels}, {model}, {binomtest(pixels, pixels + model).pvalue:.2g}")
+            gains = []
+            for seed in SEEDS:
+                pixels = judged(run_of(f"{size}{seed}", "pixels", MODELS["pixels"]))["accuracy"]
+                model = judged(run_of(f"{size}{seed}", name_of(label), (MODELS | RANDOM)[label]))["accuracy"]
+                gains.append(round(model - pixels, 6))
+            gains = np.array(gains)
+            cells.append(f"{(gains > 0).sum()}, {(gains < 0).sum()}, {wilcoxon(gains).pvalue:.2g}")
         print(f"| {label} | {' | '.join(cells)} |")
 
 
 def normalize():
-    """The pixels on pictures divided by their 90th percentile, by the highest bin of each time, or of the run."""
-    rows = {"p90 (the default)": []}
+    """The pixels on pictures divided by a quantile, by the highest bin of each time, or of the run."""
+    rows = {"quantile (the default)": []}
     for other in ("rt", "global"):
         for size in SIZES.values():
             for seed in SEEDS:
@@ -189,7 +191,7 @@ def normalize():
     for label in rows:
         cells = []
         for size in SIZES.values():
-            prefix = "" if label.startswith("p90") else f"{label}-"
+            prefix = "" if label.startswith("quantile") else f"{label}-"
             results = [judged(run_of(f"{prefix}{size}{seed}", "pixels", MODELS["pixels"])) for seed in SEEDS]
             cells += row_of(results, ["accuracy", "ROC AUC"])
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
@@ -320,7 +322,7 @@ def bins():
     print(f"| {header} |\n" + "| --- " * 6 + "|")
     for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
         source = cohort_of(kind, seed)
-        for n, normalize in itertools.product((256, 1024), ("p90", "rt")):
+        for n, normalize in itertools.product((256, 1024), ("quantile", "rt")):
             data = Path(f"{source}-{n}-{normalize}")
             flags = [*AXES[2:], "--bins", n, "--test", 0.15, "--seed", seed, "--normalize", normalize]
             call(convert.main, source / "raw", source / "raw/samples.csv", data, *flags)
@@ -416,25 +418,82 @@ def drift():
     print("| Cohort | Of | Minutes later | Warned of | Median of rt_drift | Accuracy |\n" + "| --- " * 6 + "|")
     for seed in SEEDS:
         data = demo_of(seed)
-        test = deeplcms.find_pictures(data)[0].query("split == 'test'")
         for model, flags in {"pixels": MODELS["pixels"], "network": NETWORK}.items():
             run = run_of(data, f"drift-{model}", flags)
             for minutes in (0, -0.4, 0.4, 0.6):
-                folder, out = Path(f"{data}-moved{minutes}"), run / f"moved{minutes}.csv"
-                folder.mkdir(exist_ok=True)
-                for name in test["sample_name"]:
-                    if not (folder / f"{name}.mzML").exists():
-                        _, scans = deeplcms.read_run(data / f"raw/{name}.mzML")
-                        moved = [(60 * (rt + minutes), *rest) for rt, *rest in scans if rt + minutes >= 0]
-                        demo.write_mzml(folder / f"{name}.mzML", moved)
-                out.unlink(missing_ok=True)
-                call(evaluate.main, run, "--predict", folder, "--out", out)
-                table = pd.read_csv(out, keep_default_na=False)
-                truth = test.set_index("sample_name")["phenotype"][[Path(file).stem for file in table["file"]]]
-                right = table["called"].to_numpy() == truth.to_numpy()
+
+                def write_moved(path, minutes=minutes, data=data):
+                    _, scans = deeplcms.read_run(data / "raw" / path.name)
+                    moved = [(60 * (rt + minutes), *peaks) for rt, *peaks in scans if rt + minutes >= 0]
+                    demo.write_mzml(path, moved)
+
+                table, right = predict_changed(run, data, f"moved{minutes}", write_moved)
                 warned = table["warning"].str.contains("rt_drift").sum()
                 cells = f"{warned} of {len(table)} | {table['rt_drift'].median():.2f} | {right.mean():.3f}"
                 print(f"| {data} | {model} | {minutes} | {cells} |", flush=True)
+
+
+def predict_changed(run, data, name, write):
+    """Predict what `write` makes of each test run, as new files -> (table of evaluate.py, which calls are right)."""
+    test = deeplcms.find_pictures(data)[0].query("split == 'test'").set_index("sample_name")["phenotype"]
+    folder, out = Path(f"{data}-{name}"), run / f"{name}.csv"
+    folder.mkdir(exist_ok=True)
+    for path in [folder / f"{sample}.mzML" for sample in test.index]:
+        if not path.exists():
+            write(path)
+    out.unlink(missing_ok=True)
+    call(evaluate.main, run, "--predict", folder, "--out", out)
+    table = pd.read_csv(out, keep_default_na=False)
+    truth = test[[Path(file).stem for file in table["file"]]]
+    return table, table["called"].to_numpy() == truth.to_numpy()
+
+
+CHANGES = {
+    "none": {},
+    "noise peaks x 4": {"noise": 160},
+    "noise peaks x 10": {"noise": 400},
+    "threshold 5e3 for 1e3": {"threshold": 5e3},
+    "scans twice as often": {"interval": 1.0},
+    "scans half as often": {"interval": 4.0},
+    "ten times the intensity": {"gain": 10, "threshold": 1e4},
+    "a tenth of the intensity, the same noise": {"gain": 0.1},
+}
+
+
+def level():
+    """Test runs as another method writes them: the ratio of their scales, warned of, and right; means over cohorts."""
+    models = {name: MODELS[name] for name in ("pixels", "head on several scales")}
+    header = "Change | 90th percentile of lit bins | 0.85 quantile after the wide filter | warned of"
+    print(f"| {header} | {' | '.join(models)} |\n" + "| --- " * 6 + "|")
+    for name, change in CHANGES.items():
+        ratios, warned, n, right = [], 0, 0, {model: [] for model in models}
+        for seed, model in itertools.product(SEEDS, models):
+            data = demo_of(seed)
+            run = run_of(data, f"level-{name_of(model)}", models[model])
+            compounds, lines, batches = demo.demo_cohort(seed)
+
+            def write_changed(path, seed=seed, change=change, shared=(compounds, lines), batches=batches):
+                i = int(path.stem.removeprefix("run"))
+                rng, batch = np.random.default_rng([seed, 1, i]), batches[demo.batch_of(i)]
+                demo.write_mzml(path, demo.simulate_run(rng, *shared, i % 2 == 1, batch, **change))
+
+            table, correct = predict_changed(run, data, name_of(name), write_changed)
+            right[model].append(correct.mean())
+            warned, n = warned + (table["warning"] != "").sum(), n + len(table)
+            recipe = deeplcms.find_pictures(data)[1]
+            for path in sorted(Path(f"{data}-{name_of(name)}").glob("*"))[:5]:
+                before, after = (scales_of(p, recipe) for p in (data / "raw" / path.name, path))
+                ratios.append(after / before)
+        cells = [*(f"{ratio:.2f}" for ratio in np.median(ratios, axis=0)), f"{warned} of {n}"]
+        cells += [f"{np.mean(values):.3f}" for values in right.values()]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def scales_of(path, recipe):
+    """What a run is divided by: the 90th percentile of the bins that hold anything (before), and the quantile (now)."""
+    counts, _ = deeplcms.histogram_of_run(path, recipe)
+    wide = gaussian_filter(counts, np.divide(recipe.bins, 125))
+    return np.array([np.quantile(counts[counts > 0], 0.9), np.quantile(wide, 0.85)])
 
 
 def demo_of(seed):
@@ -509,6 +568,7 @@ if __name__ == "__main__":
         faithful,
         confounded,
         drift,
+        level,
         weak,
         shuffled_folds,
     )
@@ -527,6 +587,6 @@ if __name__ == "__main__":
     Path(args.out).mkdir(exist_ok=True)
     os.chdir(args.out)
     torch.set_num_threads(1)
-    if args.table not in ("main", "ranking", "bins", "confounded", "drift", "weak"):
+    if args.table not in ("main", "ranking", "bins", "confounded", "drift", "level", "weak"):
         cohorts()
     tables[args.table]()

@@ -50,7 +50,7 @@ def draw_steps(run, box, path):
 
     picture = deeplcms.picture_of_counts(counts, recipe)
     axes[3].imshow(deeplcms.colours(picture, recipe.colormap), extent=box, aspect="auto")
-    axes[3].set_title("4. The picture: divided by the run's own\n90th percentile, filtered, logarithm, jet")
+    axes[3].set_title("4. The picture: filtered, divided by a\nquantile of the run's own, logarithm, jet")
     for axis in axes[1:]:
         axis.set(xlabel="retention time (min)", ylabel="m/z", xlim=box[:2], ylim=box[2:])
     save(figure, path)

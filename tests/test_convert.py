@@ -18,7 +18,7 @@ import pandas as pd
 import pyopenms
 import pytest
 from conftest import PEAK, ROOT, call, random_scans, run
-from demo import demo_compounds, simulate_run, write_mzml
+from demo import demo_cohort, demo_compounds, simulate_run, write_mzml
 from demo import write_cohort as write_demo
 from PIL import Image, PngImagePlugin
 
@@ -189,17 +189,49 @@ def test_normalisation_and_filter():
 
 
 def test_a_compound_keeps_its_level_whatever_elutes_with_it():
-    counts = np.full((50, 50), 0.5)
-    counts[10, 20] = 30
-    plain = Recipe(0, 1, 0, 1, bins=(50, 50), sigma=0.0)
+    counts = np.full((200, 200), 0.5)
+    counts[40, 80] = 30
+    plain = Recipe(0, 1, 0, 1, bins=(200, 200), sigma=0.0)
     before = deeplcms.picture_of_counts(counts, plain)
-    assert np.array_equal(before, deeplcms.picture_of_counts(1000 * counts, plain))  # more of the same sample
-    assert before[29, 10] == int(256 * np.log1p(255 * 30 / (64 * 0.5)) / np.log(256))  # the 90th percentile is 0.5
-    counts[10, 40] = 400  # a strong neighbour elutes with it
+    assert np.array_equal(before, deeplcms.picture_of_counts(1024 * counts, plain))  # more of the same sample
+    assert before[119, 40] == int(256 * np.log1p(30 / 0.5) / np.log(256))  # most of the picture is at 0.5
+    counts[40, 160] = 400  # a strong neighbour elutes with it
     after = deeplcms.picture_of_counts(counts, plain)
-    assert after[9, 10] == 255 and (after != before).sum() == 1
+    assert after[39, 40] == 255 and (after != before).sum() == 1
     by_time = replace(plain, normalize="rt")
-    assert deeplcms.picture_of_counts(counts, by_time)[29, 10] < 160  # there it was 255 and is dimmed
+    assert deeplcms.picture_of_counts(counts, by_time)[119, 40] < 160  # there it was 255 and is dimmed
+
+
+@pytest.mark.parametrize(("bins", "sigma"), [(64, 0.0), (256, 2.0), (500, 2.0)])
+def test_a_level_does_not_follow_noise_threshold_or_scan_rate(bins, sigma, tmp_path):
+    compounds, lines, batches = demo_cohort(1)
+    recipe = Recipe(0, 10, 100, 900, bins=(bins, bins), sigma=sigma)
+
+    def picture(**method):
+        scans = simulate_run(np.random.default_rng(1), compounds, lines, True, batches[0], **method)
+        write_mzml(tmp_path / "run.mzML", scans)
+        return deeplcms.picture_of_run(tmp_path / "run.mzML", recipe)[0].astype(int)
+
+    before = picture()
+    bright = before > np.quantile(before, 0.97)  # compounds
+    for method in ({"noise": 400}, {"threshold": 5e3}, {"interval": 1.0}, {"gain": 10, "threshold": 1e4}):
+        assert abs(np.median((picture(**method) - before)[bright])) <= 5, method  # 32 levels are a factor of two
+
+
+def test_a_nearly_empty_run_and_one_without_a_filter_become_pictures():
+    counts = np.zeros((100, 100))
+    counts[20, 30], counts[60, 70] = 1, 100
+    picture = deeplcms.picture_of_counts(counts, Recipe(0, 1, 0, 1, bins=(100, 100), sigma=0.0))
+    assert picture[29, 60] == 255 and picture[69, 20] == int(256 * np.log1p(2.55) / np.log(256))
+    assert (picture > 0).sum() == 2
+
+
+def test_pictures_of_a_scale_that_is_no_longer_made_are_refused_in_one_line(tmp_path):
+    write_mzml(tmp_path / "run.mzML", random_scans(3))
+    recipe = Recipe(0, 2, 100, 300, bins=(24, 32), normalize="p90")
+    convert.write_pictures(tmp_path / "run.mzML", [(tmp_path / "run.png", (0, 0))], recipe)
+    with pytest.raises(InputError, match="normalize p90 is no longer made"):
+        deeplcms.read_header(tmp_path / "run.png")
 
 
 def test_min_intensity_drops_weaker_peaks(tmp_path):
@@ -256,13 +288,16 @@ def test_only_what_lies_far_from_the_training_cohort_is_warned_of():
     cohort = {"total_intensity": list(1e8 * rng.lognormal(0, 0.1, 50)), "outside": [0.0] * 50, "rt_first": [0.1] * 50}
     cohort |= {"rt_last": [10.0] * 50, "mz_low": [100.0] * 50, "mz_high": [900.0] * 50}
     cohort |= {"rt_drift": [0.0] * 40 + [0.1] * 9 + [5.0], "scan_kinds": [1.0] * 50, "polarity": ["+"] * 49 + [""]}
+    cohort |= {"n_peaks": [1e5] * 50, "n_scans": [600] * 50}
     recipe = Recipe(0, 10, 100, 900, bins=(250, 250))
     usual = {"total_intensity": 1e8, "outside": 0.01, "rt_first": 0.2, "rt_last": 9.9}
     usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_drift": 0.17, "scan_kinds": 1, "polarity": "+"}
+    usual |= {"n_peaks": 2e5, "n_scans": 500}
     for statistics in (usual, usual | {"total_intensity": 2e8}, usual | {"polarity": ""}):
         assert deeplcms.warnings_of(statistics, cohort, recipe) == ""
     far = {"total_intensity": (1e7, 1e9, 0.0), "outside": (0.2,), "rt_first": (2.0,), "rt_last": (6.0,)}
     far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_drift": (0.2, -0.1), "scan_kinds": (2,)}
+    far |= {"n_peaks": (1e6, 1e4), "n_scans": (300, 1200)}
     other = deeplcms.warnings_of(usual | {"polarity": "-", "rt_first": 2.0}, cohort, recipe)
     assert other.startswith("rt_first is 2 ") and other.endswith("; polarity is -, as of no training run")
     for name, values in far.items():

@@ -259,7 +259,7 @@ def test_all_maps_of_a_figure_share_one_scale(tmp_path, monkeypatch):
 
 
 def test_intensity_forgives_drift_and_in_rt_what_all_masses_of_a_time_have_in_common():
-    def intensity(column, normalize="p90", around=0.0):
+    def intensity(column, normalize="quantile", around=0.0):
         values = np.zeros((64, 64))
         values[20, column] = 0.4
         values[:, 25:35] += around
