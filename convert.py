@@ -10,7 +10,6 @@ OUT_DIR/samples.csv with the reason, and tried again by the next run of the comm
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -30,11 +29,13 @@ import pandas as pd
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from deeplcms import NORMALIZE, SPLITS, STATISTICS, Help, InputError, Recipe, clean_title, colours, count, find_runs
-from deeplcms import first_difference, first_few, histogram_of_run, picture_of_run, profile_of, read_header, read_table
-from deeplcms import run_script, whole_file, write_json, write_table
+from deeplcms import NORMALIZE, SPLITS, STATISTICS, Help, InputError, Recipe, clean_title, colours, cores, count
+from deeplcms import find_runs, first_difference, first_few, histogram_of_run, one_spelling, picture_of_run, profile_of
+from deeplcms import read_header, read_json, read_table, run_script, warnings_of, whole_file, write_json, write_table
+
 
 NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change no picture
+RESERVED = {"path", "copy", "label", "profile", "digest", "rt_drift"}  # titles that the tables of pictures use
 
 
 # ---------------------------------------------------------------- the cohort and its splits
@@ -57,9 +58,11 @@ def read_samples(args):
     names = names.where(names.isin(runs), without)  # a table may name the files, with their extension
     if names.duplicated().any():
         raise InputError(f"{args.samples}: named more than once: {first_few(names[names.duplicated()])}")
-    if table["phenotype"].nunique() > table["phenotype"].str.casefold().nunique():
+    if table["phenotype"].nunique() > table["phenotype"].map(one_spelling).nunique():
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
+    if taken := RESERVED & set(table):
+        raise InputError(f"{args.samples}: its column {first_few(taken)} would be lost: rename it")
     table = table.assign(sample_name=names, path=names.map(runs))
     if not table.get("group", table[group_by]).equals(table[group_by]):
         raise InputError(f"{args.samples}: its column 'group' would be lost: rename it, or pass --group-by group")
@@ -69,7 +72,8 @@ def read_samples(args):
     print(f"{len(present)} of the {len(table)} samples have a file in {args.raw_dir}", end="")
     print(f"; without one: {first_few(absent)}" if absent else "", end="")
     print(f"; without a sample: {first_few(unknown)}" if unknown else "")
-    if present["phenotype"].nunique() < 2:
+    of_another_lab = set(present.get("split", [])) == {"test"}
+    if present["phenotype"].nunique() < (1 if of_another_lab else 2):
         raise InputError(f"{args.samples}: a classifier needs runs of two phenotypes; do the names match the files?")
     if "split" not in table:
         table["split"] = assign_splits(present, args.test, args.val, args.seed)
@@ -110,13 +114,19 @@ def assign_splits(table, test, val, seed):
 
 
 def check_splits(table):
-    """Refuse splits that are misspelled, tear a group apart, or leave a phenotype out."""
+    """Refuse splits that are misspelled, tear a group apart, or leave a phenotype out.
+
+    There may be no test split. There may be nothing else: another laboratory's cohort, for evaluate.py --data.
+    """
     if wrong := set(table["split"]) - set(SPLITS):
         raise InputError(f"the split column holds {first_few(wrong)}; use train, val or test")
     splits = table.groupby("group")["split"].nunique()
     if splits.max() > 1:
         raise InputError(f"these groups lie in more than one split: {first_few(splits.index[splits > 1])}")
-    counts = pd.crosstab(table["split"], table["phenotype"]).reindex(SPLITS, fill_value=0)
+    counts = pd.crosstab(table["split"], table["phenotype"])
+    if list(counts.index) == ["test"]:
+        return
+    counts = counts.reindex([split for split in SPLITS if split != "test" or split in counts.index], fill_value=0)
     if counts.min(axis=None) == 0:
         split, phenotype = counts.stack().idxmin()
         raise InputError(f"the {split} split has no run of {phenotype}: change --test or --val, or give a split column")
@@ -148,10 +158,12 @@ def write_pictures(path, pngs, recipe):
     """Write the picture of one run and its shifted copies (see png_paths); returns the statistics of the run."""
     picture, statistics = picture_of_run(path, recipe)
     palette = colours(np.arange(256), recipe.colormap).tobytes()
-    text = recipe.to_text() | {"source": path.name, "sample_name": pngs[-1][0].stem} | statistics
+    text = recipe.to_text() | {"source": path.name, "source_state": state_of(path), "sample_name": pngs[-1][0].stem}
+    text |= statistics
     for png, (rt, mz) in pngs:
         copy = shifted(picture, rt, mz)
         text["shift"] = f"{rt} {mz}"
+        text["digest"] = f"{zlib.crc32(copy):08x}"
         text["profile"] = " ".join(f"{value:.4f}" for value in profile_of(copy))
         chunks = PngImagePlugin.PngInfo()
         for name, value in text.items():
@@ -163,6 +175,11 @@ def write_pictures(path, pngs, recipe):
     return statistics
 
 
+def state_of(path):
+    """Size and time of a raw run's file: exported again under its name, it is another one."""
+    return f"{path.stat().st_size} {int(path.stat().st_mtime)}"
+
+
 def statistics_of_run(path, min_intensity, polarity=""):
     """Statistics of a run, its extent among them: for them it does not matter where the bins lie."""
     return histogram_of_run(path, Recipe(0, 1, 0, 1, (1, 1), min_intensity=min_intensity, only_polarity=polarity))[1]
@@ -172,7 +189,7 @@ def statistics_of_run(path, min_intensity, polarity=""):
 def start_worker(workers):
     """A worker leaves Ctrl-C to its parent, is silent (pyopenms prints once more when it ends), and ends with it."""
     # pyopenms decodes one file with several threads: share the cores out, so that the workers do not fight.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
@@ -206,7 +223,7 @@ def for_each(function, tasks, workers, title):
 def find_axes(out_dir, settings, runs, args):
     """The axes (as before, as given, or else around every run), and {name: exception} of those that cannot be read."""
     if (out_dir / "settings.json").exists():
-        before = json.loads((out_dir / "settings.json").read_text(encoding="utf-8"))
+        before = read_json(out_dir / "settings.json")
         if differing := first_difference(before, settings):
             what = "other samples or splits" if differing[0] == "samples" else "{} {}, not {}".format(*differing)
             raise InputError(f"{out_dir} was converted with {what}: use another OUT_DIR, or delete this one")
@@ -255,8 +272,11 @@ def convert(args):
         pngs = png_paths(out_dir, row, args)
         pngs[0][0].parent.mkdir(parents=True, exist_ok=True)
         if all(png.exists() for png, _ in pngs):
-            statistics[row.sample_name], _ = read_header(pngs[-1][0])
-        elif row.sample_name not in failures:
+            header, _ = read_header(pngs[-1][0])
+            if header.get("source_state") == state_of(row.path):
+                statistics[row.sample_name] = header
+                continue
+        if row.sample_name not in failures:
             tasks[row.sample_name] = (row.path, pngs, recipe)
     write_json(out_dir / "settings.json", settings | {"axes": axes})
     if statistics:
@@ -296,6 +316,14 @@ def report(out_dir, table, recipe, statistics, failures):
     for warning, is_so in warnings.items():
         if is_so.any():
             print(f"warning: {warning}: {first_few(done['sample_name'][is_so])}")
+    found = found.astype(dict.fromkeys(STATISTICS, float))
+    typical = found[STATISTICS].median().to_frame().T.assign(polarity=found["polarity"].mode())
+    unlike = {name: warnings_of(row, typical, recipe, "other runs") for name, row in found.iterrows()}
+    unlike = {name: text for name, text in unlike.items() if text}
+    for name in list(unlike)[:5]:
+        print(f"warning: {name}: {unlike[name]}")
+    if len(unlike) > 5:
+        print(f"warning: {len(unlike)} runs are unlike the others: {first_few(unlike)}")
 
 
 # ---------------------------------------------------------------- command line
@@ -305,7 +333,7 @@ def parse_arguments(argv=None):
     add("raw_dir", help="folder of <sample_name>.mzML or .mzXML, packed (.gz, .bz2) or not")
     add("samples", metavar="samples.csv", help="table with sample_name, phenotype and, if you like, split")
     add("out_dir", help="folder for the pictures")
-    add("--workers", type=count, default=os.cpu_count(), help="processes, each with one file at a time")
+    add("--workers", type=count, default=cores(), help="processes, each with one file at a time")
     # A flag that is a setting of the picture has the name of its field in Recipe, and goes there by itself.
     add = parser.add_argument_group("picture").add_argument
     add("--bins", type=count, nargs="+", default=[500], help="one number for both axes, or time and m/z")
@@ -335,8 +363,10 @@ def parse_arguments(argv=None):
     for low, high in filter(None, (args.rt_range, args.mz_range)):
         if not low < high:
             parser.error(f"--rt-range and --mz-range need MIN below MAX, not {low:g} {high:g}")
-    if not (0 < args.test < 1 and 0 < args.val < 1):
-        parser.error("--test and --val are shares between 0 and 1")
+    if not (0 <= args.test < 1 and 0 < args.val < 1):
+        parser.error("--test and --val are shares between 0 and 1 (--test 0: no test split, for train.py --folds)")
+    if not args.sigma >= 0:
+        parser.error("--sigma is 0 or more")
     n_shifts = math.prod(2 * most + 1 for most in args.max_shift) - 1
     if not 0 <= args.augment <= n_shifts or max(args.max_shift) >= min(args.bins):
         parser.error(f"--max-shift {args.max_shift} does not allow {args.augment} different copies of {args.bins} bins")

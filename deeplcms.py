@@ -10,6 +10,8 @@ import json
 import os
 import re
 import sys
+import unicodedata
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -28,7 +30,7 @@ SPLITS = ("train", "val", "test")
 NORMALIZE = ("quantile", "rt", "global")
 RUN = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
 # The numbers known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint.
-STATISTICS = "n_scans scan_kinds n_peaks total_intensity outside rt_first rt_last mz_low mz_high".split()
+STATISTICS = "n_scans scan_kinds n_peaks total_intensity outside rt_first rt_last rt_gap mz_low mz_high".split()
 
 
 # ---------------------------------------------------------------- one run -> one picture
@@ -82,7 +84,10 @@ def picture_of_run(path, recipe):
         own = "{rt_first:.2f}-{rt_last:.2f} min, m/z {mz_low:.2f}-{mz_high:.2f}".format(**statistics)
         axes = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} min, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
         raise InputError(f"{path.name}: no peak inside the axes, {axes}; its own are {own}")
-    return picture_of_counts(counts, recipe), statistics
+    picture = picture_of_counts(counts, recipe)
+    if picture.shape != recipe.bins[::-1]:  # in a fork: each place in minutes and m/z would be wrong
+        raise InputError(f"a picture has the shape {picture.shape}, and its recipe has the bins {recipe.bins}")
+    return picture, statistics
 
 
 def histogram_of_run(path, recipe):
@@ -115,7 +120,8 @@ def histogram_of_run(path, recipe):
         least = f"{recipe.min_intensity:g} or more" if recipe.min_intensity else "above 0"
         raise InputError(f"{path.name}: holds no MS1 peaks of intensity {least} {recipe.only_polarity}".rstrip())
     statistics = {"n_peaks": n_peaks, "total_intensity": total, "outside": max(0.0, 1 - counts.sum() / total)}
-    statistics |= {"rt_first": min(rts), "rt_last": max(rts), "mz_low": min(mzs), "mz_high": max(mzs)}
+    statistics |= {"rt_first": min(rts), "rt_last": max(rts), "rt_gap": np.diff(sorted(rts)).max(initial=0)}
+    statistics |= {"mz_low": min(mzs), "mz_high": max(mzs)}
     return counts, said | statistics
 
 
@@ -253,8 +259,8 @@ def cohort_of(pictures, recipe):
     return typical, cohort
 
 
-def warnings_of(statistics, cohort, recipe):
-    """What lies far beyond nine of ten training runs in the statistics of a new run, as one line; '' if nothing does.
+def warnings_of(statistics, cohort, recipe, others="training runs"):
+    """What lies far beyond nine of ten other runs in the statistics of a run, as one line; '' if nothing does.
 
     The margins are wide, as a small cohort of one batch varies less than instruments do.
     """
@@ -262,15 +268,18 @@ def warnings_of(statistics, cohort, recipe):
     low, high = (cohort.quantile(share, numeric_only=True) for share in (0.05, 0.95))
     rt = 0.1 * (high["rt_last"] - low["rt_first"])  # a tenth of the axis
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
-    margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "mz_low": mz, "mz_high": mz, "scan_kinds": 0}
-    margins["rt_drift"] = 2 * recipe.bin_size()[0]
-    limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items()}
-    limits |= {name: (low[name] / 3, high[name] * 3) for name in ("total_intensity", "n_peaks")}
-    limits["n_scans"] = low["n_scans"] / 1.5, high["n_scans"] * 1.5
-    far = [name for name, (least, most) in limits.items() if not least <= statistics[name] <= most]
-    warnings = [f"{n} is {statistics[n]:.4g} (training runs: {low[n]:.4g} to {high[n]:.4g})" for n in far]
+    margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "rt_gap": rt, "mz_low": mz, "mz_high": mz}
+    margins |= {"scan_kinds": 0, "rt_drift": 2 * recipe.bin_size()[0]}
+    limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items() if name in low}
+    for name, factor in {"total_intensity": 3, "n_peaks": 3, "n_scans": 1.5}.items():
+        limits[name] = low[name] / factor, high[name] * factor
+    warnings = []
+    for name, (least, most) in limits.items():
+        if not least <= statistics[name] <= most:
+            usual = f"{low[name]:.4g} to {high[name]:.4g}" if low[name] < high[name] else f"{low[name]:.4g}"
+            warnings.append(f"{name} is {statistics[name]:.4g} ({others}: {usual})")
     if statistics["polarity"] not in set(cohort["polarity"]):
-        warnings.append(f"polarity is {statistics['polarity'] or 'unknown'}, as of no training run")
+        warnings.append(f"polarity is {statistics['polarity'] or 'unknown'}, unlike the {others}")
     return "; ".join(warnings)
 
 
@@ -301,16 +310,17 @@ def files_of(paths):
     return files
 
 
-def find_pictures(data_dir, splits=SPLITS):
-    """Table of the pictures of a data set, a row each, and the Recipe that all of them share; reads no pixels.
+def find_pictures(data_dir, splits=None):
+    """Table of the pictures of a data set, of these splits or all it has, and the Recipe of all; reads no pixels.
 
-    Its columns are path, split, phenotype, sample_name, copy (is it shifted?), profile, and those of samples.csv.
+    Its columns are path, split, phenotype, sample_name, copy (is it shifted?), profile, digest (of its pixels), and
+    those of samples.csv.
     """
     data_dir, rows, expected = Path(data_dir), [], None
     if not (data_dir / "samples.csv").is_file():
         raise InputError(f"{data_dir}: no such data set (--data), or an unfinished one: run convert.py to its end")
-    for split in splits:
-        paths = sorted(data_dir.glob(f"{split}/*/[!.]*.png"))
+    for split in splits or [split for split in SPLITS if any(data_dir.glob(f"{split}/[!.]*/[!.]*.png"))] or SPLITS:
+        paths = sorted(data_dir.glob(f"{split}/[!.]*/[!.]*.png"))
         if not paths:
             raise InputError(f"{data_dir}: no pictures in {split}/<phenotype>/*.png")
         for path in paths:
@@ -318,10 +328,45 @@ def find_pictures(data_dir, splits=SPLITS):
             expected = expected or recipe
             check_recipe(recipe, expected, path)
             row = {"path": path, "split": split, "phenotype": path.parent.name, "sample_name": text["sample_name"]}
-            rows.append(row | {"copy": text["shift"] != "0 0", "profile": text["profile"]})
-    table = pd.DataFrame(rows)
-    samples = read_table(data_dir / "samples.csv").drop(columns=table.columns.drop("sample_name"), errors="ignore")
+            copy = text["shift"] != "0 0"
+            rows.append(row | {"copy": copy, "profile": text["profile"], "digest": text["digest"]})
+    table, samples = pd.DataFrame(rows), read_table(data_dir / "samples.csv")
+    check_pictures(table[~table["copy"]], samples, data_dir)
+    samples = samples.drop(columns=table.columns.drop("sample_name"), errors="ignore")
     return table.merge(samples, on="sample_name", how="left"), expected
+
+
+def check_pictures(originals, samples, data_dir):
+    """Refuse what convert.py refuses, as people move pictures by hand and spreadsheets rewrite samples.csv."""
+    names, listed = originals["sample_name"], samples["sample_name"]
+    for several in (names[names.duplicated()], listed[listed.duplicated()]):
+        if len(several):
+            raise InputError(
+                f"{data_dir}: in two splits or phenotypes, or two rows of samples.csv: {first_few(several)}"
+            )
+    phenotypes = set(originals["phenotype"])
+    if len(phenotypes) > len(set(map(one_spelling, phenotypes))):
+        raise InputError(f"{data_dir}: one phenotype in two spellings: {first_few(phenotypes)}")
+    in_splits = originals.groupby("digest")["split"].transform("nunique")
+    if (in_splits > 1).any():
+        raise InputError(f"{data_dir}: the same picture in two splits: {first_few(names[in_splits > 1])}")
+    made = samples["status"].eq("ok") & samples["split"].isin(originals["split"])
+    problems = {"rows without pictures": set(listed[made]) - set(names)}
+    problems["pictures without rows"] = set(names) - set(listed)
+    for what, concerned in problems.items():
+        if concerned:
+            raise InputError(f"{data_dir}/samples.csv has {what}: {first_few(concerned)}")
+
+
+def one_spelling(name):
+    """The same text for spellings of a name that look alike: capitals, and the two forms of an accent."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def digest_of(pictures, recipe):
+    """What data set is this? A number of its pictures and what they are named and labelled, on any system and path."""
+    rows = pictures[["sample_name", "phenotype", "split", "group", "digest"]].agg("\t".join, axis=1)
+    return zlib.crc32("\n".join([repr(recipe), *sorted(rows)]).encode())
 
 
 def check_recipe(recipe, expected, path):
@@ -336,7 +381,7 @@ def read_header(path):
     try:
         with Image.open(path) as image:
             recipe = Recipe.from_text(image.info)
-            if image.mode != "P" or image.size != recipe.bins or "profile" not in image.info:
+            if image.mode != "P" or image.size != recipe.bins or not {"profile", "digest"} <= set(image.info):
                 raise ValueError("other pixels than its recipe says")
             return image.info, recipe
     except (OSError, SyntaxError, KeyError, ValueError) as error:
@@ -345,8 +390,11 @@ def read_header(path):
 
 def read_picture(path):
     """Picture uint8 (height, width) of a PNG: its log intensity in 256 levels, whose colours are the PNG's palette."""
-    with Image.open(path) as image:
-        return np.array(image)
+    try:
+        with Image.open(path) as image:
+            return np.array(image)
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{path}: not a whole picture ({error}); make it again") from None
 
 
 # ---------------------------------------------------------------- what is learned, and how well
@@ -417,10 +465,13 @@ class InputError(ValueError):
 
 def run_script(main):
     """Call main; what the user can put right ends in one line and exit status 1, anything else in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a locale may lack a letter of a name
     try:
         sys.exit(main())
     except (InputError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        reason = str(error).rpartition("InputError: ")[2].strip()  # of a worker, after its traceback
+        sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on where it stopped")
 
@@ -430,6 +481,18 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+def cores():
+    """How many cores this process may use; a scheduler may allot a few of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def share(text):
+    """Type of a flag that is a share or a probability, 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
 
 
 def count(text):
@@ -460,6 +523,13 @@ def write_json(path, contents):
     write_text(path, json.dumps(contents, indent=1, ensure_ascii=False, default=str))
 
 
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: cut off or damaged ({error})") from None
+
+
 def write_table(path, table):
     with whole_file(path) as temporary:
         table.to_csv(temporary, index=False)
@@ -470,7 +540,9 @@ def read_table(path, skiprows=0, **options):
     options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"} | options
     try:
         with open(path, encoding="utf-8-sig") as file:
-            header = file.readlines()[skiprows]
+            lines = file.readlines()
+        skiprows += lines[skiprows].startswith("sep=")  # Excel's own first line
+        header = lines[skiprows]
         separator = max(",;\t", key=header.count)
         table = pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
     except (ValueError, IndexError, OSError) as error:  # of pandas, too: ragged lines, no columns, not UTF-8

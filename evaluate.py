@@ -24,10 +24,11 @@ from scipy.stats import binomtest, chi2_contingency, false_discovery_control, kr
 from tqdm import tqdm
 
 from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, cohort_of, colours, confusion_of
-from deeplcms import drift_of, files_of, find_pictures, first_few, label_of, metrics_of, picture_of_run
-from deeplcms import probabilities_of, profile_of, read_header, read_picture, roc_auc, run_script, warnings_of
-from deeplcms import write_json, write_table, write_text
-from train import best_of, figure, find_run, inputs_of, judged, load_run, predict, progress
+from deeplcms import digest_of, drift_of, files_of, find_pictures, first_few, first_line, label_of, metrics_of
+from deeplcms import picture_of_run, probabilities_of, profile_of, read_header, read_json, read_picture, roc_auc
+from deeplcms import run_script, share, warnings_of, write_json, write_table, write_text
+from train import best_of, figure, find_run, inputs_of, judged, load_run, predict, progress, runs_in
+
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
@@ -37,13 +38,13 @@ JUDGED = """judged out of fold: each picture by weights it took no part in; judg
 have chosen the epoch, so that these figures are too good beside the others. Sorted by judged, then by val_loss."""
 FOLDS = "The fold that held it out judges each picture. Folds are calibrated differently, so distrust a pooled AUC."
 # Columns of find_pictures that name a run or its class; any other may tell how it was measured.
-NO_CONFOUNDERS = ["path", "split", "phenotype", "sample_name", "copy", "profile", "label", "group", "status"]
+NO_CONFOUNDERS = "path split phenotype sample_name copy profile digest label group status".split()
 
 
 # ---------------------------------------------------------------- what a title says, and who votes
 def cautions(config):
     """What every table and title that quotes a run must say about it; an ordinary run gives an empty list."""
-    origin, notes = config["weights_origin"], []
+    origin, notes = config["settings"]["weights"], []
     if origin in ("no network", "random initialisation"):
         notes.append(origin)
     if config["settings"]["shuffle_labels"]:
@@ -79,30 +80,32 @@ def load_members(runs):
 
 
 def is_own(checkpoint, data):
-    """Is this the data set of the run, where it was or where it has moved?"""
-    own = checkpoint["config"]["settings"]["data"]
-    return Path(data or own).resolve().name == Path(own).resolve().name
+    """Are the pictures that this data set has for training those of the run, wherever they lie?"""
+    if not all(any(Path(data).glob(f"{split}/*/*.png")) for split in ("train", "val")):
+        return False
+    return digest_of(*find_pictures(data, ("train", "val"))) == checkpoint["config"]["settings"]["pictures"]
 
 
 def read_split(checkpoint, data, split):
     """Table of one split, or of all, without copies, and its pictures; InputError unless they are of the run's kind."""
-    data = data or checkpoint["config"]["settings"]["data"]
-    table, recipe = find_pictures(data, SPLITS if split == "all" else (split,))
+    data = data or checkpoint["config"]["data"]
+    table, recipe = find_pictures(data, None if split == "all" else (split,))
     check_recipe(recipe, checkpoint["recipe"], data)
     table = table[~table["copy"]].reset_index(drop=True)
     return table, [read_picture(path) for path in tqdm(table["path"], desc="reading", disable=None, leave=False)]
 
 
 def read_unseen(checkpoints, data, split):
-    """The same with labels; no member may have trained on these pictures, and each must be of one of its classes."""
-    seen = [run for run in checkpoints if run["config"]["solved"] or run["config"]["settings"]["fold"] is not None]
-    if split != "test" and any(is_own(run, data) for run in seen):
-        raise InputError(f"this run was fitted to train and val together and has seen {split}; judge it on test")
+    """The same with labels; no member was fitted to one of these pictures, and each is of one of its classes."""
     config = checkpoints[0]["config"]
     table, pictures = read_split(checkpoints[0], data, split)
+    where = f"{data or config['data']}, {split}"
+    seen = table["digest"].isin([digest for checkpoint in checkpoints for digest in checkpoint["fitted"]])
+    if seen.any():
+        names = first_few(table["sample_name"][seen])
+        raise InputError(f"{where}: the run was fitted to {seen.sum()} of these {len(seen)} pictures: {names}")
     if unknown := set(table["phenotype"]) - set(config["classes"]):
-        known = f"{first_few(unknown)} is none of the run's classes, {', '.join(config['classes'])}"
-        raise InputError(f"{data or config['settings']['data']}: {known}")
+        raise InputError(f"{where}: {first_few(unknown)} is none of the run's classes, {', '.join(config['classes'])}")
     return table.assign(label=label_of(table, config["classes"])), pictures
 
 
@@ -139,8 +142,10 @@ def votes_of(models, recipe, pictures):
     for model in models:
         starts = progress(range(0, len(pictures), 32), "classifying")
         batches = ((inputs_of(model, recipe, pictures[i : i + 32]), None) for i in starts)
-        logits = [logits for logits, _ in predict(model, batches)]
-        votes.append(probabilities_of(torch.cat(logits)))
+        logits = torch.cat([logits for logits, _ in predict(model, batches)])
+        if not logits.isfinite().all():
+            raise InputError("the run's weights give no finite numbers: train it again with a lower --lr")
+        votes.append(probabilities_of(logits))
     return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit
 
 
@@ -204,40 +209,52 @@ def wilson(hits):
 
 # ---------------------------------------------------------------- what else could explain it
 def numbers_of(column):
-    """Ranks of a column of text of which most are numbers or dates; any other column as it is."""
-    numbers = pd.to_numeric(column, errors="coerce")
-    if numbers.isna().mean() > 0.5:
-        numbers = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
-    return numbers.dropna().rank() if numbers.notna().mean() > 0.5 else column
+    """Ranks of a column of text that holds numbers (45.7 or 45,7) or dates; any other column as it is.
+
+    Up to twelve values of which some are no numbers (plates 1, 2, 3a) are names.
+    """
+    readings = [pd.to_numeric(column.str.replace(",", "."), errors="coerce")]
+    readings.append(pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True))
+    for day in ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y"):  # what follows it is ignored
+        readings.append(pd.to_datetime(column, errors="coerce", format=day, exact=False, utc=True))
+    read = max(readings, key=lambda reading: reading.notna().mean())  # the first of equals
+    most = read.notna().all() or (column.nunique() > 12 and read.notna().mean() > 0.5)
+    return read.dropna().rank() if most else column
 
 
 def confounders_of(pictures):
-    """Table of what else is known of each run: can it alone tell the phenotypes apart, in order or not?
+    """Table of what else is known of each run: can it alone tell the phenotypes apart? And {column: why not looked at}.
 
     Each name is a part. So is each of up to twelve numbers or dates; more are cut into five parts. auc: of the share of
     a phenotype in each run's part, for the phenotype told apart best; chance alone gives more than 0.5. q: of the
     chi-squared test, for numbers also of Kruskal and Wallis's, after Benjamini and Hochberg. A column with more names
     than the rarest phenotype has runs (people, samples) is left out: less than one run is expected in each part.
     """
-    rows = {}
+    rows, left_out = {}, {}
     pictures = pictures.drop_duplicates(["group", "phenotype"])  # runs of one person are not independent
     for name, column in pictures.drop(columns=NO_CONFOUNDERS, errors="ignore").items():
-        parts = numbers = numbers_of(column[column != ""].dropna())
+        column = column[column.notna() & (column != "")]
+        parts = numbers = numbers_of(column) if column.dtype != float else column.rank()
         is_number = numbers.dtype == float
         if is_number and numbers.nunique() > 12:
             parts = np.ceil(5 * numbers / len(numbers))
         phenotype = pictures["phenotype"][parts.index]
         counts = pd.crosstab(parts, phenotype)
-        if min(counts.shape) < 2 or (not is_number and len(counts) > counts.sum().min()):
-            continue
-        shares = counts.div(counts.sum(axis=1), axis=0)  # (part, phenotype)
-        auc = max(roc_auc(phenotype == k, parts.map(shares[k])) for k in shares)
-        p = chi2_contingency(counts).pvalue
-        if is_number:
-            p = min(1, 2 * p, 2 * kruskal(*numbers.groupby(phenotype).agg(list)).pvalue)  # the better of two tests
-        rows[name] = auc, p
+        if min(counts.shape) < 2:
+            continue  # one value, or known of one phenotype alone
+        if not is_number and len(counts) > counts.sum().min():
+            left_out[name] = f"{len(counts)} names in {len(parts)} runs"
+        else:
+            shares = counts.div(counts.sum(axis=1), axis=0)  # (part, phenotype)
+            auc = max(roc_auc(phenotype == k, parts.map(shares[k])) for k in shares)
+            p = chi2_contingency(counts).pvalue
+            if is_number:
+                p = min(1, 2 * p, 2 * kruskal(*numbers.groupby(phenotype).agg(list)).pvalue)  # the better of two tests
+            rows[name] = auc, p
+        if is_number and len(numbers) < len(column) and name not in left_out:
+            left_out[name] = f"{len(column) - len(numbers)} values that are no numbers"
     table = pd.DataFrame.from_dict(rows, "index", dtype=float, columns=["auc", "q"])  # empty it is float, too
-    return table.assign(q=false_discovery_control(table["q"]))
+    return table.assign(q=false_discovery_control(table["q"])), left_out
 
 
 def flagged(confounders):
@@ -257,17 +274,18 @@ def evaluate(runs, home, args):
     metrics = judge(labels, np.log(probabilities), table["group"], args.threshold)
     confusion = confusion_of(labels, called_class(probabilities, args.threshold), len(classes))
     # What else could explain it is sought in all splits that there are, as more runs show more; headers are enough.
-    data = args.data or checkpoint["config"]["settings"]["data"]
-    splits = [split for split in SPLITS if any(Path(data).glob(f"{split}/*/*.png"))]
-    originals = find_pictures(data, splits)[0].query("not copy")
+    data = args.data or checkpoint["config"]["data"]
+    originals = find_pictures(data)[0].query("not copy")
     _, cohort = cohort_of(originals, recipe)
-    confounders = confounders_of(originals.assign(rt_drift=cohort["rt_drift"]))
+    confounders, not_looked_at = confounders_of(originals.assign(rt_drift=cohort["rt_drift"]))
     suspects = flagged(confounders)
 
-    folder = home
-    data_set = Path(data).resolve().name if args.data else checkpoint["config"]["data_set"]
-    if args.split != "test" or not is_own(checkpoint, args.data):
-        folder = home / f"{data_set}-{args.split}"
+    data_set, folder = checkpoint["config"]["data_set"], home
+    if not is_own(checkpoint, data):
+        data_set = Path(data).resolve().name
+        folder = home / f"{data_set}-{digest_of(table, recipe):08x}-{args.split}"
+    elif args.split != "test":
+        folder = home / args.split
     folder = Path(args.out or folder)
     folder.mkdir(parents=True, exist_ok=True)
     title = title_of(checkpoints, f"{data_set}, {args.split} split, {len(labels)} pictures")
@@ -282,6 +300,7 @@ def evaluate(runs, home, args):
         "metrics": metrics.replace({np.nan: None}).to_dict("index"),
         "confounders": confounders.replace({np.nan: None}).to_dict("index"),
         "flagged": suspects,
+        "not_looked_at": not_looked_at,
     }
     predictions = table[["sample_name", "group", "phenotype"]].join(calls_of(votes, classes, args.threshold))
     predictions.insert(4, "right", np.where(predictions["called"] == table["phenotype"], "yes", "no"))
@@ -308,6 +327,8 @@ def evaluate(runs, home, args):
         print(f"no intervals: they need {FEWEST} pictures (or groups) of each class")
     print(f"\nWhat else is known of all {len(originals)} runs, and how well it alone tells their phenotypes apart:")
     print(confounders.to_string(**numbers))
+    if not_looked_at:
+        print(f"not looked at: {'; '.join(f'{name} ({why})' for name, why in not_looked_at.items())}")
     for name in suspects:
         print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")
     print(f"\nresults: {folder}/")
@@ -332,7 +353,7 @@ def draw_roc(ax, labels, probabilities, confusion, auc, classes):
         # Share of all others and of the class at each score or above it: equal scores make one step.
         curve = pd.crosstab(probabilities[:, k], labels == k, normalize="columns")[::-1].cumsum()
         if curve.shape[1] == 2:  # else there are none of the class, or no others
-            ax.plot([0, *curve[False]], [0, *curve[True]], label=classes[k])
+            ax.plot([0, *curve[False]], [0, *curve[True]], label=f" {classes[k]}")  # "_a" alone has no entry
     if len(classes) == 2:
         false_and_true_positives = confusion[:, 1] / np.maximum(confusion.sum(1), 1)
         ax.plot(*false_and_true_positives, "ko", label="threshold")
@@ -388,34 +409,46 @@ def show(axis, map_, recipe, **options):
 
 def label_axes(axes):
     """Retention time and m/z, for a figure of pictures; places without one stay empty."""
-    for axis in axes.flat:
+    for above, axis in zip([*[None] * axes.shape[1], *axes.flat], axes.flat, strict=False):
         if not axis.images:
             axis.set_axis_off()
+            if above is not None:
+                above.tick_params(labelbottom=True)  # it is the lowest of its column
     axis.figure.supxlabel("retention time (min)")
     axis.figure.supylabel("m/z")
 
 
 # ---------------------------------------------------------------- new raw runs
-def predict_files(runs, args):
-    """Table of the probabilities of raw runs or pictures; the exit status is 1 if one could not be read."""
-    if args.out and Path(args.out).exists():
-        raise InputError(f"--out {args.out} exists already; give another name")
+def predict_files(runs, files, threshold=0.5):
+    """Table of the class called, its probability and warnings for raw runs or pictures; what is unreadable is left out.
+
+    From Python: predict_files(["runs/mine/pixels/seed2643"], ["new.mzML"]).
+    """
     models, checkpoints = load_members(runs)
-    checkpoint = checkpoints[0]
-    config, recipe = checkpoint["config"], checkpoint["recipe"]
-    print(title_of(checkpoints, config["data_set"]), rule_of(config["classes"], args.threshold), "", sep="\n")
-    files = files_of(args.predict)
-    read, pictures = read_files(files, recipe)
-    table = read[["file"]].join(calls_of(votes_of(models, recipe, pictures), config["classes"], args.threshold))
+    checkpoint, config = checkpoints[0], checkpoints[0]["config"]
+    recipe = checkpoint["recipe"]
+    print(title_of(checkpoints, config["data_set"]), rule_of(config["classes"], threshold), "", sep="\n")
+    read, pictures = read_files(files_of(files), recipe)
+    table = read[["file"]].join(calls_of(votes_of(models, recipe, pictures), config["classes"], threshold))
     table["rt_drift"] = [drift_of(profile_of(picture), checkpoint["profile"], recipe) for picture in pictures]
     table["warning"] = "a picture: how its run was measured is unknown"
     for i, statistics in read["statistics"].dropna().items():
         statistics["rt_drift"] = table["rt_drift"][i]
         table.loc[i, "warning"] = warnings_of(statistics, checkpoint["cohort"], recipe)
+    return table
+
+
+def predict_command(runs, args):
+    """Print the table of new files and write it to --out; the exit status is 1 if one could not be read."""
+    if args.out and Path(args.out).exists():
+        raise InputError(f"--out {args.out} exists already; give another name")
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise InputError(f"--out {args.out}: no such folder")
+    table = predict_files(runs, args.predict, args.threshold)
     print(table.to_string(index=False, float_format="{:.4f}".format))
     if args.out:
         write_table(args.out, table)
-    return int(len(table) < len(files))
+    return int(len(table) < len(files_of(args.predict)))
 
 
 # ---------------------------------------------------------------- many runs
@@ -423,14 +456,15 @@ def runs_below(paths):
     """The run folders named, and all below a folder that is not a run itself, each once."""
     runs = []
     for path in map(Path, paths):
-        runs += [checkpoint.parent for checkpoint in sorted(path.glob("**/best.pt"))] or [find_run(path)]
+        runs += runs_in(path) or [find_run(path)]
     return list(dict.fromkeys(runs))
 
 
 def row_of(run):
     """A run in a comparison, by the epoch that was kept, but a fold is judged on what it held out."""
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = read_json(run / "config.json")
     settings = config["settings"]
+    judged_by = "out of fold" if settings["optimizer"] == "lbfgs" or settings["fold"] is not None else "validation"
     seed, fold = settings.pop("seed"), settings.pop("fold")
     epochs = pd.read_csv(run / "epochs.csv")
     best = pd.Series(best_of(epochs.to_dict("records")))
@@ -438,7 +472,7 @@ def row_of(run):
         "data_set": config["data_set"],
         "backbone": settings["backbone"],
         "parameters_millions": config["parameters"] / 1e6,
-        "judged": "out of fold" if config["solved"] or fold is not None else "validation",
+        "judged": judged_by,
         "best_epoch": int(best["epoch"]),
         **best.filter(regex="^(train|val)_"),
         "seconds": epochs["seconds"].sum(),
@@ -521,7 +555,15 @@ def draw_replicates(path, replicates, metrics):
 
 def compare(runs, out):
     """Tables 1 and 2 for many runs; Figure 1 or 3 and its tests for replicates among them."""
-    table = pd.DataFrame(map(row_of, runs)).sort_values(["judged", "val_loss"], ignore_index=True)
+    rows = []
+    for run in runs:
+        try:
+            rows.append(row_of(run))
+        except (InputError, OSError, KeyError, ValueError) as error:  # one bad run costs the others nothing
+            print(f"left out: {run}: {first_line(error)}", file=sys.stderr)
+    if not rows:
+        raise InputError("none of these runs can be read")
+    table = pd.DataFrame(rows).sort_values(["judged", "val_loss"], ignore_index=True)
     metrics = [name for name in COMPARED if name in table]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns="settings"))
@@ -564,14 +606,14 @@ def main():
     add = parser.add_argument_group("one run, or an ensemble").add_argument
     add("--data", metavar="DIR", help="another data set, or where the run's own has moved")
     add("--split", choices=SPLITS, default="test", help="pictures to judge on")
-    add("--threshold", type=float, default=0.5, metavar="P", help="call class 1 from this probability on")
+    add("--threshold", type=share, default=0.5, metavar="P", help="call class 1 from this probability on")
     new = "new raw runs, or folders; several RUNs vote; --out is never replaced"
     add("--predict", nargs="+", metavar="FILE", help=new)
     args = parser.parse_args()
 
     runs = runs_below(args.runs) or [find_run()]
     if args.predict:
-        return predict_files(runs, args)
+        return predict_command(runs, args)
     if len(runs) == 1:
         return evaluate(runs, runs[0], args)
     common = args.runs[0]

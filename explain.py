@@ -34,7 +34,7 @@ from torch import nn
 from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
-from deeplcms import SPLITS, Help, InputError, called_class, clean_title, count, files_of, first_line, read_table
+from deeplcms import SPLITS, Help, InputError, clean_title, count, files_of, first_line, read_table
 from deeplcms import run_script, write_table
 from evaluate import FEWEST, in_turn, label_axes, read_files, read_split, show, title_of, votes_of
 from train import DEVICE, figure, find_run, inputs_of, load_run
@@ -57,34 +57,31 @@ class Scores(nn.Module):
 
 
 def choose_layers(model, names=None):
-    """[names of modules of the backbone to explain]; none where the head sees the picture alone or timm lists none.
+    """[names of modules of the model to explain]; none where the head sees the picture alone.
 
-    Default: the finest map that the head sees. Where that is the network's last, which is coarse and looks up to 7 % of
-    the axis away from where upsampling paints it, the deepest map of a quarter of the picture's side.
+    Default: the finest map that the head sees, at its tap. Where that is the network's last, which is coarse and looks
+    up to 7 % of the axis away from where upsampling paints it, the deepest map of a quarter of the picture's side.
     """
     modules = dict(model.backbone.named_modules())
     stages = list(getattr(model.backbone, "feature_info", []))
-    if not names and model.maps:
-        finest = stages[model.maps[0]]
-        if finest["reduction"] == stages[-1]["reduction"]:
-            fine = max(4, stages[0]["reduction"])
-            finest = [stage for stage in stages if stage["reduction"] <= fine][-1]
-        coarser = [stage for stage in stages if stage["reduction"] >= finest["reduction"]]
-        names = [stage["module"] for stage in coarser if stage["module"] in modules][:1]
-    names = names or []
-    for name in names:
+    for name in names or []:
         if name not in modules:
             listed = [stage["module"] for stage in stages if stage["module"] in modules]
             known = ", ".join(listed) or "none"
             raise InputError(f"--layers {name!r} is no layer of this backbone; those that timm lists: {known}")
-    return names
+    if not names and model.maps and stages[model.maps[0]]["reduction"] == stages[-1]["reduction"]:
+        fine = max(4, stages[0]["reduction"])
+        names = [stage["module"] for stage in stages if stage["reduction"] <= fine and stage["module"] in modules][-1:]
+    return [f"backbone.{name}" for name in names or []] or ["taps.0"] * bool(model.maps)
 
 
 def heat_maps(model, layers, recipe, pictures, k):
     """Yield LayerCAM of class k, unnormalised, layers fused, of each picture uint8 (height, width), in its shape."""
     scores = Scores(model).eval()
-    targets = [f"model.backbone.{name}" for name in layers]
-    with LayerCAM(scores, targets, reshape_transform=lambda y: to_channels_first(y, model.backbone)) as cam:
+    targets = [f"model.{name}" for name in layers]
+    of_backbone = layers[0].startswith("backbone")  # a tap has channels first
+    reshape = (lambda y: to_channels_first(y, model.backbone)) if of_backbone else None
+    with LayerCAM(scores, targets, reshape_transform=reshape) as cam:
         for picture in tqdm(pictures, desc="heat", unit="picture", disable=None, leave=False):
             x = inputs_of(model, recipe, [picture]).to(DEVICE).requires_grad_(True)
             try:
@@ -321,7 +318,7 @@ def explain(args):
     layers = choose_layers(model, args.layers)
     title = title_of([checkpoint], f"{config['data_set']}, class '{class_name}'")
     print(title)
-    data = args.data or config["settings"]["data"]
+    data = args.data or config["data"]
     if args.input:
         table, pictures = read_files(files_of(args.input), recipe)
     else:
@@ -339,13 +336,14 @@ def explain(args):
         of_shown = [pictures[i] for i in shown.index]
         try:
             maps = list(heat_maps(model, layers, recipe, of_shown, k))
-            cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {', '.join(layers)}; {title}")
+            where = ", ".join(layers).replace("taps.0", f"the map of stride {model.scales[-len(model.maps)][0]}")
+            cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {where}; {title}")
         except InputError as error:  # the ranking of features needs no heat
             if args.layers or features is None:
                 raise
             print(f"no cam_grid.png: {error}")
     else:
-        print("no cam_grid.png: timm lists no layer of this model to explain")
+        print("no cam_grid.png: the head sees the picture alone")
 
     if features is not None:
         # The mean over the injections of a person (of each phenotype: before and after) is one run of n.
@@ -355,18 +353,22 @@ def explain(args):
         measured = np.empty((len(runs), pictures[0].size), np.float16)  # (n, height * width)
         for i, own in enumerate(tqdm(runs.values(), desc="evidence", disable=None, leave=False)):
             measured[i] = np.mean([local_intensity(pictures[j], recipe, args.drift).ravel() for j in own], axis=0)
-        if len(runs) >= FEWEST and len(set(called_class(probabilities))) > 1:
+        if len(runs) >= FEWEST and np.ptp(p) > 0:
             components = common_components(measured, p)
             evidence = evidence_of(measured, p, components)
             meaning = f"evidence: red up, blue down in {class_name}"
             calls = tests_of_calls(at_places(evidence, features, recipe), len(p) - 2 - components.shape[1])
         elif layers:
-            print(f"all are called alike, or they are fewer than {FEWEST}: in place of evidence stands their mean heat")
+            print(
+                f"probabilities all alike, or of fewer than {FEWEST} runs: in place of evidence stands their mean heat"
+            )
             evidence = sum(heat_maps(model, layers, recipe, pictures, k)).ravel() / len(pictures)
             meaning = "mean heat, in place of evidence"
             calls = pd.DataFrame({"direction": "", "p": np.nan, "q": np.nan}, features.index)
         else:
-            raise InputError(f"all are called alike, or they are fewer than {FEWEST}: there is no evidence to rank by")
+            raise InputError(
+                f"probabilities all alike, or of fewer than {FEWEST} runs: there is no evidence to rank by"
+            )
         phenotype = pd.Series([phenotype for _, phenotype in runs])
         of_class = (phenotype == class_name).where(phenotype.isin(classes)).to_numpy(float)  # nan where unknown
         intensities = at_places(measured, features, recipe).astype(float)

@@ -18,15 +18,18 @@ for networks that learn as a whole, as each process stores features and solves h
 import argparse
 import difflib
 import functools
+import io
 import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
 import zlib
 from contextlib import contextmanager
+from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,9 +40,10 @@ import pandas as pd
 import timm
 import torch
 import torch.distributed as dist
+from matplotlib import style
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
-from scipy.stats import entropy, norm
+from scipy.stats import norm
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -51,9 +55,10 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from deeplcms import Help, InputError, Recipe, cohort_of, colours, count, find_pictures, first_difference, first_few
-from deeplcms import first_line, label_of, metrics_of, read_picture, run_script, slow_waves, whole_file, write_json
-from deeplcms import write_table
+from deeplcms import Help, InputError, Recipe, cohort_of, colours, cores, count, digest_of, find_pictures
+from deeplcms import first_difference, first_few, first_line, label_of, metrics_of, read_json, read_picture, run_script
+from deeplcms import slow_waves, whole_file, write_json, write_table
+
 
 # The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters a family.
 ARTICLE = """
@@ -95,11 +100,13 @@ STORED = 1000  # draws of all pictures together that --views auto stores, but 1 
 # What --tune tries, every combination of it: flags and their values (of AUGMENTATION --warp alone is one).
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
-NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "out", "demo")
+NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "data", "name", "out", "demo")
 VIEWS_SEED = 2643  # of stored views, so that repeats, folds and trials share them
 CHANNELS = 3  # of an input: red, green and blue of the colormap
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK, WORLD = 0, 1
+if dist.is_torchelastic_launched():  # by torchrun; a scheduler may leave some of its variables behind
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # older torch does not know
@@ -117,12 +124,13 @@ def progress(batches, title, total=None):
 @contextmanager
 def figure(path, title, size, **subplots):
     """Yield the axes of a figure (inches); the PNG is written when the block ends well. "; " in the title breaks it."""
-    drawing = Figure(figsize=size, layout="constrained")
-    axes = drawing.subplots(**subplots)
-    drawing.suptitle(title.replace("; ", "\n"), fontsize=11)
-    yield axes
-    with whole_file(path) as temporary:
-        drawing.savefig(temporary, dpi=150)
+    with style.context(["default", {"text.parse_math": False}]):  # no matplotlibrc, and a $ in a name is a $
+        drawing = Figure(figsize=size, layout="constrained")
+        axes = drawing.subplots(**subplots)
+        drawing.suptitle(title.replace("; ", "\n"), fontsize=11)
+        yield axes
+        with whole_file(path) as temporary:
+            drawing.savefig(temporary, dpi=150)
 
 
 # ---------------------------------------------------------------- pictures
@@ -234,9 +242,8 @@ class Classifier(nn.Module):
         self.scales = chosen_scales(scales, strides, backbone)
         last_of = {stride: i - 1 for i, stride in enumerate(strides)}  # of several maps of one stride the last
         self.maps = [last_of[stride] for stride, _ in self.scales if stride > 1]
-        with torch.no_grad():
-            blank = torch.zeros(2, CHANNELS, self.image_size, self.image_size)
-            blocks = [block.shape[1] for block in self.eval().blocks_of(blank)]
+        self.taps = nn.ModuleList(nn.Identity() for _ in self.maps)  # explain.py listens to the maps there
+        blocks = self.sizes_of_blocks(backbone)
         self.blocks, self.n_features = blocks, sum(blocks)
         self.standardize = nn.BatchNorm1d(self.n_features, affine=False, momentum=None)
         self.head = nn.Linear(self.n_features, n_outputs)
@@ -256,12 +263,30 @@ class Classifier(nn.Module):
         self.standardize.running_mean.copy_(mean)
         self.standardize.running_var.copy_(variance)
 
+    def sizes_of_blocks(self, backbone):
+        """Number of features of each scale; InputError for a size that the backbone does not take."""
+        blank = torch.zeros(2, CHANNELS, self.image_size, self.image_size)
+        try:
+            with torch.no_grad():
+                sizes = [block.shape[1] for block in self.eval().blocks_of(blank)]
+        except Exception as error:  # of timm, in each family another
+            own = timm.get_pretrained_cfg(backbone)
+            own = f"; its own is {own.input_size[-1]}" if own else ""
+            size = f"{backbone} cannot take pictures of {self.image_size} pixels{own}"
+            raise InputError(f"--image-size: {size} ({first_line(error)})") from None
+        for i, size, (stride, grid) in zip([None, *self.maps][-len(sizes) :], sizes, self.scales, strict=True):
+            channels = CHANNELS if i is None else self.backbone.feature_info[i]["num_chs"]
+            if size != channels * grid**2:
+                raise InputError(f"{backbone}: its map of stride {stride} has not the channels of its feature_info")
+        return sizes
+
     def blocks_of(self, x):
         """Inputs (N, CHANNELS, size, size) -> a block (N, C * grid * grid) of pooled features for each scale."""
         maps = [x] if self.scales[0][0] == 1 else []
         if self.maps:
             early = {"stop_early": True, "intermediates_only": True}
-            maps += self.backbone.forward_intermediates(x, indices=self.maps, **early)
+            found = self.backbone.forward_intermediates(x, indices=self.maps, **early)
+            maps += [tap(map_) for tap, map_ in zip(self.taps, found, strict=True)]
         return [F.adaptive_avg_pool2d(m, grid).flatten(1) for m, (_, grid) in zip(maps, self.scales, strict=True)]
 
     def features(self, x):
@@ -283,12 +308,15 @@ class Classifier(nn.Module):
 
 
 def chosen_scales(scales, strides, backbone):
-    """[(stride, grid)], strides ascending, of ["STRIDE:GRID"], where a stride may be called last; None: the default."""
+    """[(stride, grid)], strides ascending, of ["STRIDE:GRID"], where a stride may be called last; None: the default.
+
+    For a stride of the default that the backbone lacks stands the nearest that it has.
+    """
     known, chosen = [str(stride) for stride in dict.fromkeys(strides)], {}
     for text in scales or SCALES["pixels" if backbone == "pixels" else "network"]:
         stride, _, grid = text.replace("last", known[-1]).partition(":")
-        if stride not in known and not scales:
-            continue  # of the default those that the backbone has
+        if not scales and stride not in known:
+            stride = min((abs(math.log2(int(other) / int(stride))), other) for other in known[1:])[1]
         if stride not in known or not grid.isdigit() or int(grid) == 0:
             raise InputError(f"--scales {text}: the strides of {backbone} are {', '.join(known)}; give STRIDE:GRID")
         chosen[int(stride)] = int(grid)
@@ -302,9 +330,16 @@ def loss_of(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
-def chance_loss_of(labels):
-    """The lowest loss of logits that are the same for all pictures: the entropy of the class shares."""
-    return float(entropy(np.unique(labels, return_counts=True)[1]))
+def chance_loss_of(labels, n_outputs):
+    """The lowest loss of logits that are the same for all pictures."""
+    labels = torch.tensor(list(labels))
+    _, bias = solved(torch.empty(len(labels), 0, dtype=torch.float64), labels, n_outputs)
+    return loss_of(bias.expand(len(labels), -1), labels).item()
+
+
+def badness_of(row):
+    """How bad is an epoch? What is kept, when to stop, the plateau, tuning and the order of a comparison go by this."""
+    return row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf
 
 
 def chance_auc_of(labels):
@@ -337,7 +372,8 @@ def build_model(args, n_outputs):
         offline_if_unreachable()
         try:
             model = build(args.finetune or "head", pretrained=True)
-            return model, f"pretrained ({timm.get_pretrained_cfg(args.backbone).hf_hub_id or args.backbone})"
+            own = timm.get_pretrained_cfg(args.backbone)
+            return model, f"pretrained ({own and own.hf_hub_id or args.backbone})"
         except InputError:
             raise
         except Exception as error:  # the Hub, its cache and timm each have their own
@@ -348,7 +384,7 @@ def build_model(args, n_outputs):
     elif args.weights != "random":
         model = build(args.finetune or "head")
         load_weights(model.backbone, args.weights)
-        return model, f"file {args.weights}"
+        return model, f"file {Path(args.weights).name} {zlib.crc32(Path(args.weights).read_bytes()):08x}"
     return build(args.finetune or "all"), "random initialisation"
 
 
@@ -356,11 +392,20 @@ def load_weights(backbone, path):
     """Load a backbone from a state dict (.pt, .safetensors) or from the best.pt of another run, without its head."""
     try:
         state = timm.models.load_state_dict(path, use_ema=False, weights_only=True)
-        state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+        state = {re.sub(r"^(module\.|model\.|backbone\.)+", "", name): tensor for name, tensor in state.items()}
         backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
     except Exception as error:  # of torch, pickle and safetensors; KeyError: no such tensor
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        text = " ".join(str(error).split()).rpartition("loading state_dict for ")[2]
+        reason = f"{type(error).__name__}: {text[:250]}"
         raise InputError(f"--weights {path}: no weights of this --backbone can be read from it ({reason})") from None
+
+
+def save_checkpoint(path, contents):
+    """Write what load_checkpoint reads; a full disk is an OSError here, and no error of torch's own."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path):
@@ -373,10 +418,15 @@ def load_checkpoint(path):
 
 def find_run(run=None):
     """The run folder named, or the newest one under runs/."""
-    found = [Path(run) / "best.pt"] if run else sorted(Path("runs").glob("**/best.pt"), key=os.path.getmtime)
-    if not found or not found[-1].is_file():
+    found = [Path(run)] if run else sorted(runs_in("runs"), key=lambda run: os.path.getmtime(run / "best.pt"))
+    if not found or not (found[-1] / "best.pt").is_file():
         raise InputError(f"{run or 'runs/'}: no best.pt; is it a run of train.py that came to its end?")
-    return found[-1].parent
+    return found[-1]
+
+
+def runs_in(folder):
+    """[folder of each finished run] in a folder and below it, behind symbolic links, too."""
+    return [Path(folder, path).parent for path in sorted(glob("**/best.pt", root_dir=folder, recursive=True))]
 
 
 def load_run(run):
@@ -387,10 +437,17 @@ def load_run(run):
         checkpoint["profile"] = np.array(checkpoint["profile"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{run}/best.pt: not a checkpoint of this train.py ({error})") from None
-    scales = [f"{stride}:{grid}" for stride, grid in config["scales"]]
-    backbone, finetune = config["settings"]["backbone"], config["finetune"]
-    model = Classifier(backbone, config["n_outputs"], scales, config["image_size"], finetune)
-    model.load_state_dict(checkpoint["model"])
+    settings = argparse.Namespace(**config["settings"])
+    try:
+        options = settings.scales, settings.image_size, settings.finetune
+        model = Classifier(settings.backbone, config["n_outputs"], *options)
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:  # of timm, torch
+        made = f"made with timm {checkpoint['versions']['timm']}, and this is {version('timm')}"
+        raise InputError(f"{run}/best.pt: its network cannot be built ({made}; {first_line(error)})") from None
+    same_timm = all(checkpoint["versions"][name] == version(name) for name in ("timm", "torch"))
+    if same_timm and settings.architecture != architecture_of(model):
+        raise InputError(f"{run}/best.pt: the layers of {settings.backbone} were others when it was trained")
     model.mean, model.std = config["mean"], config["std"]  # another timm may have others
     return model.to(DEVICE).eval(), checkpoint
 
@@ -571,7 +628,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Large steps of the first half say little of the end: patience counts from the middle on.
         if history and epoch - max(best_of(history)["epoch"], args.epochs // 2) > args.patience:
-            say(f"no better validation loss for {args.patience} epochs: stopped")
+            say(f"no better epoch in the last {args.patience}: stopped")
             break
         began = time.time()
         model.train(not model.frozen)  # a frozen backbone keeps its state
@@ -584,12 +641,12 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
                 update_bn(clean, averaged.module, DEVICE)
 
         row = {"epoch": epoch, **judged("train", outputs), **judged("val", predict(averaged.module, loaders["val"]))}
-        row["kept"] = to_the_end or not history or row["val_loss"] < best_of(history)["val_loss"]
+        row["kept"] = to_the_end or not history or badness_of(row) < badness_of(best_of(history))
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
         if args.scheduler == "plateau":
-            scheduler.step(row["val_loss"])
+            scheduler.step(badness_of(row))
         else:
             scheduler.step()
         best_weights = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best_weights, averaged.module, run)
@@ -597,8 +654,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             contents = {name: part.state_dict() for name, part in states.items()}
             contents |= {"model": trained_weights(model), "averaged": trained_weights(averaged.module)}
             contents |= {"best_weights": best_weights, "history": history}
-            with whole_file(run / "last.pt") as temporary:
-                torch.save(contents, temporary)
+            save_checkpoint(run / "last.pt", contents)
         report(row)
     return history, best_weights
 
@@ -731,6 +787,7 @@ def find_lr(model, loaders, args, run=None):
         with figure(run / "lr_find.png", "Learning-rate range test", (6, 4)) as axes:
             curve.plot("lr", ax=axes, logx=True, marker=".", xlabel="learning rate", ylabel="loss")
             axes.axvline(lr, color="tab:red", linestyle="--")
+            axes.xaxis.set_major_formatter("{x:g}")
             what = "validation loss" if model.frozen else f"steps {n_steps // 2 + 1} to {n_steps}"
             axes.legend([what, "highest epoch", f"{lr:.2g}: {reason}"])
     say(f"learning-rate range test: {lr:.2g} ({reason})")
@@ -796,63 +853,91 @@ def table_of(pictures, args):
     return table[(table["split"] == "train") | ~table["copy"]]
 
 
-def prepare(args, pictures, classes, recipe, store):
-    """(learn, model, facts) of one training; facts are what config.json and checkpoints say of the model.
+def settings_of(args, model, origin, pictures, recipe):
+    """The settings of a training, whole and final: what its flags mean for this model and these pictures.
 
-    learn(run, report) trains the model in the way that suits it, and returns (history, best weights). What auto means
-    for this model is put into args: the head is solved where it can be.
+    config.json keeps them, features are cached by them, and trainings whose settings are equal are the same one. Flags
+    that are `auto` or not given have their values here, and nothing changes them afterwards. The head is solved where
+    it can be. origin: where the weights come from.
     """
-    model, origin = build_model(args, 1 if len(classes) == 2 else len(classes))
+    settings = with_augmentation(args)
+    settings.pictures, settings.weights = digest_of(pictures, recipe), origin
+    settings.finetune = "head" if model.frozen else "all"
+    settings.scales = [f"{stride}:{grid}" for stride, grid in model.scales]
+    settings.image_size, settings.architecture = model.image_size, architecture_of(model)
     if args.views == "auto":
-        args.views = min(16, max(1, STORED // len(pictures))) if model.frozen else 0
+        settings.views = min(16, max(1, STORED // len(pictures))) if model.frozen else 0
     if args.optimizer == "auto":
-        args.optimizer = "lbfgs" if args.views else "adamax"
-    if (args.views and not model.frozen) or (args.optimizer == "lbfgs" and not args.views):
+        settings.optimizer = "lbfgs" if settings.views else "adamax"
+    if (settings.views and not model.frozen) or (settings.optimizer == "lbfgs" and not settings.views):
         raise InputError("--views and --optimizer lbfgs are for a frozen backbone: use --finetune head --views auto")
-    solve = args.optimizer == "lbfgs"
-    table = table_of(pictures, args)
-    n_train = (table["split"] == "train").sum()
+    n_train = (table_of(pictures, args)["split"] == "train").sum()
     if args.batch_size == "auto":
-        args.batch_size = 8 if n_train < 1000 else 32
+        settings.batch_size = 8 if n_train < 1000 else 32
     if args.epochs == "auto":  # 400 steps, as few pictures make few steps an epoch
-        n_steps = math.ceil(n_train / args.batch_size / WORLD)
-        args.epochs = min(100, max(20, math.ceil(400 / n_steps)))
+        n_steps = math.ceil(n_train / settings.batch_size / WORLD)
+        settings.epochs = min(100, max(20, math.ceil(400 / n_steps)))
     if args.patience == "auto":
         # The lowest validation loss chose no better epoch than the last of a cosine schedule (EXPERIMENTS).
-        args.patience = args.epochs if args.scheduler == "cosine" else max(10, args.epochs // 4)
-    if not solve and args.patience >= args.epochs:
-        say(f"all {args.epochs} epochs are trained and the last is kept; a lower --patience keeps the best instead")
-    judged_on = table["split"].isin(("train", "val") if solve else ("val",)) & ~table["copy"]
+        settings.patience = settings.epochs if args.scheduler == "cosine" else max(10, settings.epochs // 4)
+    return settings
+
+
+def with_augmentation(args):
+    """A copy of arguments with the values of their --augmentation, but for a --warp that was given."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**vars(args) | AUGMENTATION[args.augmentation] | given)
+
+
+def architecture_of(model):
+    """A number of the layers of a backbone: a network of one's own may change under its name."""
+    return zlib.crc32(repr(model.backbone).encode())
+
+
+def compared(settings):
+    """{name: value} of the settings that make two trainings the same one, as JSON has them."""
+    chosen = {name: value for name, value in vars(settings).items() if name not in NOT_SETTINGS}
+    return json.loads(json.dumps(chosen))
+
+
+def prepare(settings, model, pictures, recipe, store):
+    """learn(run, report), which trains the model as its settings say and returns (history, best weights)."""
+    table = table_of(pictures, settings)
+    if settings.views:
+        of = ["backbone", "weights", "scales", "image_size", "views", *AUGMENTATION[settings.augmentation]]
+        same = [getattr(settings, name) for name in of]
+        if settings.weights == "random initialisation":
+            same.append(settings.seed)
+        if store.get("of") != same:  # they are features of another backbone, or of other draws
+            store.clear()
+            store |= {"of": same, **store_features(model, pictures, recipe, settings)}
+    if settings.optimizer == "lbfgs":
+        return functools.partial(solve_head, model, table, settings, store)
+    if settings.patience >= settings.epochs:
+        say(f"all {settings.epochs} epochs are trained and the last is kept; a lower --patience keeps the best instead")
+    return functools.partial(fit, model, make_loaders(model, table, recipe, settings, store), settings)
+
+
+def describe(model, settings, pictures, classes):
+    """(facts of a training for config.json and its checkpoint, pictures that the model is fitted to)."""
+    table = table_of(pictures, settings)
+    solved = settings.optimizer == "lbfgs"
+    fitted = table[table["split"].isin(("train", "val") if solved else ("train",))]
+    judged_on = (fitted if solved else table[table["split"] == "val"]).query("not copy")["label"]
     facts = {
+        "data_set": run_folder(settings).parents[1].name,
+        "data": settings.data,
         "classes": classes,
         "n_outputs": model.n_outputs,
-        "weights_origin": origin,
-        "finetune": "head" if model.frozen else "all",
-        "solved": solve,
-        "scales": model.scales,
-        "image_size": model.image_size,
         "mean": list(model.mean),
         "std": list(model.std),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "batch_size": args.batch_size,
-        "epochs": args.epochs,
-        "chance_loss": chance_loss_of(table["label"][judged_on]),
-        "chance_auc": chance_auc_of(table["label"][judged_on]),
-        "pictures": table["split"].value_counts().to_dict(),
+        "chance_loss": chance_loss_of(judged_on, model.n_outputs),
+        "chance_auc": chance_auc_of(judged_on),
+        "n_pictures": table["split"].value_counts().to_dict(),
     }
-    say(f"{run_folder(args)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    if args.views:
-        drawn = [getattr(args, name) for name in AUGMENTATION[args.augmentation]]
-        seed = args.seed if origin == "random initialisation" else "any"
-        same = [args.backbone, seed, model.scales, model.image_size, args.views, drawn]
-        if store.get("of") != same:  # they are features of another backbone, or of other draws
-            store.clear()
-            store |= {"of": same, **store_features(model, pictures, recipe, args)}
-    if solve:
-        return functools.partial(solve_head, model, table, args, store), model, facts
-    loaders = make_loaders(model, table, recipe, args, store)
-    return functools.partial(fit, model, loaders, args), model, facts
+    return facts, fitted
 
 
 def run_folder(args):
@@ -861,39 +946,38 @@ def run_folder(args):
     return Path(args.out) / (args.name or Path(args.data).resolve().name) / args.backbone / f"seed{args.seed}{suffix}"
 
 
-def settings_of(args, pictures, recipe):
-    """All that makes two trainings the same one: every flag but a few, and a digest of the pictures."""
-    names = pictures[["sample_name", "phenotype", "split"]].to_csv() + repr(recipe)
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    return settings | {"pictures": zlib.crc32(names.encode())}
-
-
 def train_once(args, pictures, classes, recipe, store):
     """One training from pictures to checkpoints: what `python train.py` is about. Returns the run folder."""
-    run, settings = run_folder(args), settings_of(args, pictures, recipe)
+    model, origin = build_model(args, 1 if len(classes) == 2 else len(classes))
+    settings = settings_of(args, model, origin, pictures, recipe)
+    run = run_folder(settings)
     if (run / "config.json").exists():
-        before = json.loads((run / "config.json").read_text())["settings"]
-        if differing := first_difference(before, settings):
+        before = read_json(run / "config.json")["settings"]
+        if differing := first_difference(before, compared(settings)):
             other = "{} {}, not {}".format(*differing)
             raise InputError(f"{run} is a training with {other}: give another --out or --name")
     if (run / "best.pt").exists():
         say(f"{run} is finished")
         return run
-    learn, model, facts = prepare(args, pictures, classes, recipe, store)
-    config = {"data_set": run_folder(args).parents[1].name, **facts, "settings": settings}
+    facts, fitted = describe(model, settings, pictures, classes)
+    config = facts | {"settings": compared(settings)}
+    shown = {name: value for name, value in (config | config["settings"]).items() if value is not None}
+    del shown["settings"], shown["mean"], shown["std"]
+    say(f"{run}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+    learn = prepare(settings, model, pictures, recipe, store)
     originals = pictures[(pictures["split"] == "train") & ~pictures["copy"]]
     run.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         write_json(run / "config.json", config)
-        draw_transformed(run, originals, model, recipe, args)
+        draw_transformed(run, originals, model, recipe, settings)
     history, best_weights = learn(run)
     if RANK > 0:
         return run
 
     best = best_of(history)
     model.load_state_dict(best_weights, strict=False)
-    if args.fold is not None:
-        write_held_out(run, model, table_of(pictures, args), recipe, args.fold)
+    if settings.fold is not None:
+        write_held_out(run, model, table_of(pictures, settings), recipe, settings.fold)
     typical, cohort = cohort_of(originals, recipe)
     contents = {
         "model": model.state_dict(),
@@ -901,16 +985,16 @@ def train_once(args, pictures, classes, recipe, store):
         "val_loss": best["val_loss"],
         "by_chance": best.get("val_roc_auc", 1) < facts["chance_auc"],
         "config": config,
+        "fitted": fitted["digest"].tolist(),
         "recipe": recipe.to_text(),
         "profile": typical.tolist(),
         "cohort": cohort,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
     }
-    with whole_file(run / "best.pt") as temporary:
-        torch.save(contents, temporary)
-    control = ", shuffled labels" * args.shuffle_labels
-    if not facts["solved"]:
-        draw_curves(run, history, f"{args.backbone}, {facts['weights_origin']}{control}")
+    save_checkpoint(run / "best.pt", contents)
+    control = ", shuffled labels" * settings.shuffle_labels
+    if settings.optimizer != "lbfgs":
+        draw_curves(run, history, f"{settings.backbone}, {settings.weights}{control}")
     n, n_epochs = best["epoch"], len(history)
     say(f"kept: epoch {n} of {n_epochs}, validation loss {best['val_loss']:.3f}\nrun folder: {run}")
     if n <= n_epochs / 10:
@@ -956,14 +1040,6 @@ def draw_transformed(run, originals, model, recipe, args):
 
 
 # ---------------------------------------------------------------- tuning
-class EveryCombination(optuna.samplers.RandomSampler):
-    """Trial k takes combination k of SEARCH, in whatever process: numbers of trials are never given twice."""
-
-    def sample_independent(self, study, trial, name, distribution):
-        combinations = list(itertools.product(*SEARCH.values()))
-        return dict(zip(SEARCH, combinations[trial.number % len(combinations)], strict=True))[name]
-
-
 def tune(args, pictures, classes, recipe, store):
     """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"); writes trials.csv.
 
@@ -975,10 +1051,12 @@ def tune(args, pictures, classes, recipe, store):
         chosen = {name: trial.suggest_categorical(name, values) for name, values in SEARCH.items()}
         say(f"trial {trial.number}: {chosen}")
         trial_args = argparse.Namespace(**vars(args) | chosen)
-        learn, _, _ = prepare(trial_args, pictures, classes, recipe, store)
+        model, origin = build_model(trial_args, 1 if len(classes) == 2 else len(classes))
+        settings = settings_of(trial_args, model, origin, pictures, recipe)
+        learn = prepare(settings, model, pictures, recipe, store)
 
         def report(row):
-            trial.report(row["val_loss"], row["epoch"])
+            trial.report(badness_of(row), row["epoch"])
             if trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -987,15 +1065,15 @@ def tune(args, pictures, classes, recipe, store):
         except InputError as error:
             say(f"trial {trial.number} is given up: {error}")
             raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
-        return min(row["val_loss"] for row in history)
+        return min(map(badness_of, history))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = run_folder(args).parent / "tune"
     folder.mkdir(parents=True, exist_ok=True)
-    question = {k: value for k, value in settings_of(args, pictures, recipe).items() if k not in SEARCH} | SEARCH
-    storage = args.storage or f"sqlite:///{folder}/study.db"
+    question = compared(args) | SEARCH | {"pictures": digest_of(pictures, recipe)}
+    storage = args.storage or f"sqlite:///{folder.resolve().as_uri()}/study.db?uri=true"  # with any folder's name
     name = f"{args.backbone}-{zlib.crc32(json.dumps(question).encode()):08x}"
-    options = {"storage": storage, "sampler": EveryCombination(), "load_if_exists": True}
+    options = {"storage": storage, "load_if_exists": True}
     options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=5)
     for attempt in range(5):
         try:
@@ -1006,13 +1084,18 @@ def tune(args, pictures, classes, recipe, store):
                 raise InputError(f"--storage {storage}: {first_line(error)}") from None
             time.sleep(attempt / 2)  # two processes that make one database at once get in each other's way
     done = (TrialState.COMPLETE, TrialState.PRUNED)
+    combinations = [dict(zip(SEARCH, values, strict=True)) for values in itertools.product(*SEARCH.values())]
     while len(study.get_trials(states=done)) < args.tune:
+        # The combination that the fewest trials have finished, and of these one that no other process has begun.
+        finished = [trial.params for trial in study.get_trials(states=done)]
+        begun = [trial.params for trial in study.get_trials()]
+        study.enqueue_trial(min(combinations, key=lambda c: (finished.count(c), begun.count(c))))  # noqa: B023
         study.optimize(objective, n_trials=1)
     if not study.get_trials(states=done[:1]):
         raise InputError("--tune: no trial came to its end; try a lower --lr")
     write_table(folder / "trials.csv", study.trials_dataframe())
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in study.best_params.items())
-    say(f"{args.tune} trials in {folder}; best validation loss {study.best_value:.3f}: train it with {flags}")
+    say(f"{args.tune} trials in {folder}; best value {study.best_value:.3f}: train it with {flags}")
 
 
 # ---------------------------------------------------------------- command line
@@ -1083,7 +1166,7 @@ def make_parser():
     add("--shuffle-labels", action="store_true", help="control: must fall to chance")
     add = parser.add_argument_group("machine and output").add_argument
     add("--seed", type=int, default=2643, help="of initial weights, order and draws")
-    workers = os.cpu_count() if CUDA else max(1, os.cpu_count() // 4)  # on a CPU the network needs most of them
+    workers = cores() if CUDA else max(1, cores() // 4)  # on a CPU the network needs most of them
     add("--workers", type=int, default=workers, help="processes that load pictures; draws depend on how many")
     add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
     add("--name", help="in place of the data set's name")
@@ -1096,13 +1179,14 @@ def parse_arguments(argv=None):
     if not args.data:
         parser.set_defaults(demo=True, data="demo", **DEMO)
         args = parser.parse_args(argv)
-    for name, value in AUGMENTATION[args.augmentation].items():
-        if getattr(args, name, None) is None:  # --warp may have been given
-            setattr(args, name, value)
-    if args.lr != "auto" and args.lr <= 0:
-        parser.error("--lr is above 0, or auto")
-    if args.workers < 0 or args.views != "auto" and args.views < 0:
-        parser.error("--views and --workers are from 0 on")
+    if args.lr != "auto" and not 0 < args.lr < math.inf:
+        parser.error("--lr is a number above 0, or auto")
+    if min(args.workers, args.seed, args.weight_decay, args.warp or 0, 0 if args.views == "auto" else args.views) < 0:
+        parser.error("--views, --workers, --seed, --weight-decay and --warp are 0 or more")
+    if args.batch_size == 1:
+        parser.error("--batch-size is 2 or more: one picture has no batch statistics")
+    if args.tune and (args.folds or args.repeats > 1 or WORLD > 1):
+        parser.error("--tune is one training's: without --folds, --repeats and torchrun (processes share --storage)")
     if 0 < args.folds < 3:
         parser.error("--folds takes at least 3: one is held out, one chooses the epoch, the others train")
     if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():
@@ -1145,7 +1229,8 @@ def main():
     pictures["label"] = label_of(pictures, classes)
     groups = pictures.groupby("phenotype")["group"].nunique()
     if args.folds > groups.min():
-        raise InputError(f"--folds {args.folds}: {groups.idxmin()} has {groups.min()} samples or groups; use fewer")
+        few = f"{groups.idxmin()} has {groups.min()} samples or groups, and each fold needs one"
+        raise InputError(f"--folds {args.folds}: {few} (3 folds at least)")
     failures, results, store = [], [], {}
     for training in trainings:
         if args.tune:

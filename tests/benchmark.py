@@ -167,9 +167,9 @@ def benchmark_views(args):
         print(f"{args.backbone}, {args.image_size} x {args.image_size}, {n_train} training pictures\n")
         classes = train.classes_of(pictures)
         pictures["label"] = deeplcms.label_of(pictures, classes)
-        extraction = seconds(train.prepare, settings, pictures, classes, recipe, {})
-
-        model, _ = train.build_model(settings, 1)
+        model, origin = train.build_model(settings, 1)
+        settings = train.settings_of(settings, model, origin, pictures, recipe)
+        extraction = seconds(train.prepare, settings, model, pictures, recipe, {})
         fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
         batch = torch.rand(32, 3, model.image_size, model.image_size, device=train.DEVICE)
         batch = batch.contiguous(memory_format=torch.channels_last)
@@ -217,6 +217,7 @@ def answer(args):
     (folder / "samples.csv").write_text("sample_name,phenotype,split,group\n0,a,test,0\n")
     network = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
     settings = train.parse_arguments(["--backbone", "pixels", "--data", str(folder), "--augmentation", "physical"])
+    settings = train.with_augmentation(settings)
     table = pd.DataFrame({"path": list(links.iterdir())[:50], "label": 0})
     pictures = train.Pictures(table, train.training_transform(network, recipe, settings))
     copies = [(png.with_suffix(".copy.png"), shift) for png, shift in pngs]

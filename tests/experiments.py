@@ -509,14 +509,17 @@ def weak():
     """150 runs whose 24 planted compounds differ by a factor of 1.3: is a solved head as sure as it is right?"""
     columns = ["Accuracy", "mean confidence", "loss", "class shares alone", "Brier score", "ROC AUC"]
     print(f"| Cohort | Exposed | {' | '.join(columns)} |\n" + "| --- " * 8 + "|")
-    for seed, every in itertools.product(SEEDS, (2, 4)):
-        folder = Path(f"weak{seed}-{every}")
+    # Of sixteen runs in turn: each batch has the same share of exposed ones.
+    shares = {"half": range(1, 16, 2), "quarter": (1, 2, 12, 15)}
+    for seed, share in itertools.product(SEEDS, shares):
+        folder = Path(f"weak{seed}-{share}")
         (folder / "raw").mkdir(parents=True, exist_ok=True)
         compounds, lines, batches = demo.demo_cohort(seed)
         compounds["fold"] = np.where(compounds["planted"], 1.3, 1.0)
         samples = []
         for i in range(150):
-            rng, exposed, path = np.random.default_rng([seed, 1, i]), i % every == 1, folder / f"raw/run{i:03d}.mzML"
+            rng, exposed = np.random.default_rng([seed, 1, i]), i % 16 in shares[share]
+            path = folder / f"raw/run{i:03d}.mzML"
             samples.append((path.stem, demo.PHENOTYPES[exposed]))
             if not path.exists():
                 demo.write_mzml(path, demo.simulate_run(rng, compounds, lines, exposed, batches[demo.batch_of(i)]))
@@ -528,7 +531,7 @@ def weak():
         table = pd.read_csv(run / "predictions.csv")
         p, labels = table["probability_exposed"].to_numpy(), (table["phenotype"] == "exposed").to_numpy(int)
         loss = -np.log(np.where(labels, p, 1 - p)).mean()
-        values = [result["accuracy"], np.maximum(p, 1 - p).mean(), loss, train.chance_loss_of(labels)]
+        values = [result["accuracy"], np.maximum(p, 1 - p).mean(), loss, train.chance_loss_of(labels, 1)]
         values += [result["Brier score"], result["ROC AUC"]]
         cells = " | ".join(f"{value:.3f}" for value in values)
         print(f"| {seed} | {labels.sum()} of {len(labels)} | {cells} |", flush=True)

@@ -288,18 +288,18 @@ def test_only_what_lies_far_from_the_training_cohort_is_warned_of():
     cohort = {"total_intensity": list(1e8 * rng.lognormal(0, 0.1, 50)), "outside": [0.0] * 50, "rt_first": [0.1] * 50}
     cohort |= {"rt_last": [10.0] * 50, "mz_low": [100.0] * 50, "mz_high": [900.0] * 50}
     cohort |= {"rt_drift": [0.0] * 40 + [0.1] * 9 + [5.0], "scan_kinds": [1.0] * 50, "polarity": ["+"] * 49 + [""]}
-    cohort |= {"n_peaks": [1e5] * 50, "n_scans": [600] * 50}
+    cohort |= {"n_peaks": [1e5] * 50, "n_scans": [600] * 50, "rt_gap": [0.02] * 50}
     recipe = Recipe(0, 10, 100, 900, bins=(250, 250))
     usual = {"total_intensity": 1e8, "outside": 0.01, "rt_first": 0.2, "rt_last": 9.9}
     usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_drift": 0.17, "scan_kinds": 1, "polarity": "+"}
-    usual |= {"n_peaks": 2e5, "n_scans": 500}
+    usual |= {"n_peaks": 2e5, "n_scans": 500, "rt_gap": 0.5}
     for statistics in (usual, usual | {"total_intensity": 2e8}, usual | {"polarity": ""}):
         assert deeplcms.warnings_of(statistics, cohort, recipe) == ""
     far = {"total_intensity": (1e7, 1e9, 0.0), "outside": (0.2,), "rt_first": (2.0,), "rt_last": (6.0,)}
     far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_drift": (0.2, -0.1), "scan_kinds": (2,)}
-    far |= {"n_peaks": (1e6, 1e4), "n_scans": (300, 1200)}
+    far |= {"n_peaks": (1e6, 1e4), "n_scans": (300, 1200), "rt_gap": (3.0,)}
     other = deeplcms.warnings_of(usual | {"polarity": "-", "rt_first": 2.0}, cohort, recipe)
-    assert other.startswith("rt_first is 2 ") and other.endswith("; polarity is -, as of no training run")
+    assert other.startswith("rt_first is 2 ") and other.endswith("; polarity is -, unlike the training runs")
     for name, values in far.items():
         for value in values:
             assert deeplcms.warnings_of(usual | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
@@ -855,3 +855,83 @@ def test_the_demos_features_and_another_cohort_in_the_same_folder(demo, two):
     for folder, what in ((demo, "cohort"), (two[0], "data set")):
         status, line = run("demo.py", folder, "--runs", 40, "--bins", 64, "--seed", 1, cwd=demo.parent)
         assert status == 1 and f"holds another {what}" in line
+
+
+# ---------------------------------------------------------------- what is the same, and what was dropped
+
+
+def small_data(folder, *flags):
+    raw, samples = write_cohort(folder, [f"{i:03d}" for i in range(20)])
+    assert run("convert.py", raw, samples, folder / "data", *FAST, "--test", 0.2, *flags, cwd=folder) == (0, "")
+    return folder / "data"
+
+
+def test_a_data_set_is_its_pictures_whatever_its_path_and_the_system(tmp_path, monkeypatch):
+    data = small_data(tmp_path)
+    digest = deeplcms.digest_of(*deeplcms.find_pictures(data))
+    other = Path(shutil.copytree(data, tmp_path / "elsewhere"))
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    assert deeplcms.digest_of(*deeplcms.find_pictures(other)) == digest
+    (tmp_path / "raw/003.mzML").unlink()
+    write_mzml(tmp_path / "raw/003.mzML", random_scans(99))  # exported again under its name
+    again = call("convert.py", tmp_path / "raw", tmp_path / "samples.csv", data, *FAST, "--test", 0.2, cwd=tmp_path)
+    assert again.returncode == 0 and "19 of 20 runs are already converted" in again.stdout
+    assert deeplcms.digest_of(*deeplcms.find_pictures(data)) != digest
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d, t: t.assign(sample_name=t["sample_name"].astype(int)), "has rows without pictures: 0, 1"),
+        (lambda d, t: t[5:], "has pictures without rows: 000"),
+        (lambda d, t: pd.concat([t, t[:1]]), "two rows of samples.csv: 000"),
+        (lambda d, t: [shutil.copy(p, d / "val/case/000.png") for p in d.glob("*/*/000.png")] and t, "two splits"),
+        (lambda d, t: [shutil.copy(p, d / "test/control/x.png") for p in d.glob("t*/*/002.png")] and t, "two"),
+        (lambda d, t: [p.rename(p.parent / "Case") for p in d.glob("val/case")] and t, "spellings: Case, case"),
+    ],
+)
+def test_pictures_and_table_that_do_not_fit_are_refused_before_any_work(tmp_path, change, words):
+    data = small_data(tmp_path)
+    change(data, pd.read_csv(data / "samples.csv", dtype=str)).to_csv(data / "samples.csv", index=False)
+    with pytest.raises(InputError, match=words):
+        deeplcms.find_pictures(data)
+
+
+def test_runs_unlike_the_others_are_named(tmp_path):
+    raw, samples = write_cohort(tmp_path, list("abcdefghijklmnopqrst"))
+    write_mzml(raw / "c.mzML", random_scans(3)[:15])  # broken off
+    done = call("convert.py", raw, samples, tmp_path / "data", *FAST, "--test", 0.2, cwd=tmp_path)
+    warned = [line for line in done.stdout.splitlines() if line.startswith("warning: ") and "other runs" in line]
+    assert len(warned) == 1 and warned[0].startswith("warning: c: ") and "rt_last is" in warned[0]
+
+
+def test_a_data_set_may_have_no_test_split_or_nothing_else(tmp_path):
+    data = small_data(tmp_path, "--test", 0)
+    assert set(deeplcms.find_pictures(data)[0]["split"]) == {"train", "val"}
+    table = pd.DataFrame({"sample_name": [f"{i:03d}" for i in range(20)], "phenotype": "case", "split": "test"})
+    table.to_csv(tmp_path / "test.csv", index=False)
+    assert run("convert.py", tmp_path / "raw", tmp_path / "test.csv", "other", *FAST, cwd=tmp_path) == (0, "")
+    table.assign(label="x").to_csv(tmp_path / "test.csv", index=False)
+    status, line = run("convert.py", tmp_path / "raw", tmp_path / "test.csv", "third", *FAST, cwd=tmp_path)
+    assert status == 1 and "its column label would be lost: rename it" in line
+
+
+def test_a_figure_depends_on_no_setting_of_the_user(tmp_path):
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import numpy as np, train, evaluate, deeplcms
+with train.figure(Path("f.png"), "a $title$ of $5_", (4, 4), squeeze=False) as axes:
+    evaluate.show(axes[0, 0], np.arange(12).reshape(3, 4), deeplcms.Recipe(0, 1, 0, 1))
+    axes[0, 0].set_title("user_$x"); axes[0, 0].plot([0, 1], [0, 1], label=" _a"); axes[0, 0].legend()
+    evaluate.label_axes(axes)
+"""
+    pictures = []
+    for name, settings in (("plain", ""), ("odd", "image.origin: lower\ntext.usetex: True\nfont.size: 30\n")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "matplotlibrc").write_text(settings)
+        done = subprocess.run([sys.executable, "-c", code, ROOT], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        pictures.append((folder / "f.png").read_bytes())
+    assert pictures[0] == pictures[1]

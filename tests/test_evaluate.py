@@ -84,8 +84,9 @@ def test_what_tells_the_classes_apart_alone_is_flagged_and_what_does_not_is_not(
         note=[f"remark {i}" for i in range(40)],
         constant="1",
     )
-    table = evaluate.confounders_of(pictures)
+    table, left_out = evaluate.confounders_of(pictures)
     assert set(table.index) == {"total_intensity", "start_time", "batch", "column"}
+    assert left_out == {"note": "40 names in 40 runs"}
     assert evaluate.flagged(table) == ["start_time", "batch"]
     assert table["auc"].round(2)[["start_time", "batch", "column"]].tolist() == [0.98, 1, 0.5]
 
@@ -104,12 +105,27 @@ def test_what_tells_the_classes_apart_in_no_order_is_flagged():
         plate=[f"plate {k}" for k in plate],
         operator=np.where(case, "x", rng.choice(["y", ""], 60)),  # "": unknown
     )
-    table = evaluate.confounders_of(pictures)
+    table, _ = evaluate.confounders_of(pictures)
     assert set(evaluate.flagged(table)) == {"batch", "number", "day", "injection_order", "plate", "operator"}
     assert (table["auc"].drop("injection_order") == 1).all() and table["auc"]["injection_order"] > 0.9
     # Of three phenotypes the one that is told apart best counts.
-    three = evaluate.confounders_of(pictures.assign(phenotype=np.where(case, "case", np.tile(["a", "b"], 30))))
+    three, _ = evaluate.confounders_of(pictures.assign(phenotype=np.where(case, "case", np.tile(["a", "b"], 30))))
     assert three["auc"]["batch"] == 1 and "batch" in evaluate.flagged(three)
+
+
+def test_columns_as_spreadsheets_write_them_are_read():
+    case = np.repeat([False, True], 20)
+    pictures = known(
+        np.where(case, "case", "control"),
+        day=[f"{d:02d}.10.2023" for d in range(1, 21)] + [f"{d:02d}.11.2023" for d in range(1, 21)],
+        us_day=[f"10/{d:02d}/2023" for d in range(1, 21)] + [f"11/{d:02d}/2023" for d in range(1, 21)],
+        weight=[f"{45 + i},7" for i in range(40)],
+        plate=["1", "2"] * 10 + ["3a", "3b"] * 10,
+        dose=[str(i) for i in range(39)] + ["none"],
+    )
+    table, left_out = evaluate.confounders_of(pictures)
+    assert set(evaluate.flagged(table)) == {"day", "us_day", "weight", "plate", "dose"}
+    assert left_out == {"dose": "1 values that are no numbers"}
 
 
 def test_names_of_single_people_and_repeated_injections_explain_nothing():
@@ -117,9 +133,10 @@ def test_names_of_single_people_and_repeated_injections_explain_nothing():
     person = np.repeat(np.arange(24), 5)
     person_of, site = [f"p{k}" for k in person], rng.permutation(np.repeat(["a", "b", "c"], 8))
     pictures = known(np.where(person % 2, "case", "control"), person=person_of, site=site[person])
-    together = evaluate.confounders_of(pictures.assign(group=person_of))
+    together, left_out = evaluate.confounders_of(pictures.assign(group=person_of))
     assert list(together.index) == ["site"]  # each person has a name, which is no batch
-    alone = evaluate.confounders_of(pictures.drop_duplicates("person"))
+    assert left_out == {"person": "24 names in 24 runs"}
+    alone, _ = evaluate.confounders_of(pictures.drop_duplicates("person"))
     pd.testing.assert_frame_equal(together, alone)  # five injections of a person tell as much as one
 
 
@@ -131,7 +148,7 @@ def test_of_null_cohorts_hardly_any_is_warned_of(n):
         phenotype = rng.permutation(["case"] * (n // 2) + ["control"] * (n - n // 2))
         numbers = {f"number{i}": rng.normal(size=n) for i in range(4)}
         names = {f"names{k}": rng.integers(0, k, n).astype(str) + "x" for k in (2, 4, 12)}
-        cohorts.append(bool(evaluate.flagged(evaluate.confounders_of(known(phenotype, **numbers, **names)))))
+        cohorts.append(bool(evaluate.flagged(evaluate.confounders_of(known(phenotype, **numbers, **names))[0])))
     assert np.mean(cohorts) < 0.06
 
 
@@ -159,9 +176,9 @@ def test_the_area_under_the_drawn_roc_curve_is_the_auc_ties_included():
     both, cases = Figure().subplots(ncols=2)
     evaluate.draw_roc(both, labels, probabilities, confusion, auc, ["no", "yes"])
     lines = {line.get_label(): line.get_xydata() for line in both.lines}
-    assert np.trapezoid(lines["yes"][:, 1], lines["yes"][:, 0]) == pytest.approx(auc["value"])
-    assert lines["yes"][[0, -1]].tolist() == [[0, 0], [1, 1]]
-    assert lines["threshold"][0].tolist() in [point.tolist() for point in lines["yes"]]  # it lies on the curve
+    assert np.trapezoid(lines[" yes"][:, 1], lines[" yes"][:, 0]) == pytest.approx(auc["value"])
+    assert lines[" yes"][[0, -1]].tolist() == [[0, 0], [1, 1]]
+    assert lines["threshold"][0].tolist() in [point.tolist() for point in lines[" yes"]]  # it lies on the curve
     evaluate.draw_roc(cases, labels[labels == 1], probabilities[labels == 1], confusion, auc, ["no", "yes"])
     assert [line.get_label() for line in cases.lines] == ["chance", "threshold"]  # one class alone has no curve
 
@@ -203,7 +220,30 @@ def test_a_run_whose_validation_pictures_chose_its_epoch_alone_may_be_judged_on_
     assert run("evaluate.py", trained, cwd=trained) == (0, "")
     before = (trained / "metrics.json").read_bytes()
     assert run("evaluate.py", trained, "--split", "val", cwd=trained) == (0, "")
-    assert judged(trained / "demo-val")[0]["split"] == "val" and (trained / "metrics.json").read_bytes() == before
+    assert judged(trained / "val")[0]["split"] == "val" and (trained / "metrics.json").read_bytes() == before
+
+
+def test_training_pictures_are_refused_under_any_name_and_other_data_have_a_folder_of_their_own(two, three, tmp_path):
+    data, folder = two
+    run_of = Path(shutil.copytree(folder, tmp_path / "run"))
+    assert run("evaluate.py", run_of, cwd=tmp_path) == (0, "")
+    own = (run_of / "metrics.json").read_bytes()
+    renamed = Path(shutil.copytree(data, tmp_path / "renamed"))
+    status, line = run("evaluate.py", run_of, "--data", renamed, "--split", "train", cwd=tmp_path)
+    assert status == 1 and "the run was fitted to 48 of these 48 pictures" in line
+    assert run("evaluate.py", run_of, "--data", renamed, cwd=tmp_path) == (0, "")  # the same pictures elsewhere
+    assert (run_of / "metrics.json").exists() and not list(run_of.glob("renamed*"))
+    other = Path(shutil.copytree(three[0], tmp_path / "elsewhere/data"))  # another cohort in a folder of the same name
+    for split in ("train", "val", "test"):
+        shutil.rmtree(other / split / "c")
+    table = pd.read_csv(other / "samples.csv")
+    table[table["phenotype"] != "c"].to_csv(other / "samples.csv", index=False)
+    for old, new in (("a", "non-user"), ("b", "user")):
+        for path in list(other.glob(f"*/{old}")):
+            path.rename(path.with_name(new))
+    (run_of / "metrics.json").write_bytes(own)
+    assert run("evaluate.py", run_of, "--data", other, cwd=tmp_path) == (0, "")
+    assert (run_of / "metrics.json").read_bytes() == own and len(list(run_of.glob("data-*-test/metrics.json"))) == 1
 
 
 def test_what_else_could_explain_it_is_sought_in_all_splits_that_there_are(two, tmp_path, capsys):
@@ -266,7 +306,7 @@ def test_a_fold_is_not_judged_on_what_it_has_seen(two, tmp_path):
     assert run("train.py", *flags, cwd=tmp_path) == (0, "")
     fold = tmp_path / "runs/data/pixels/seed2643-fold1"
     status, line = run("evaluate.py", fold, "--split", "val", cwd=tmp_path)
-    assert status == 1 and "was fitted to train and val together and has seen val" in line
+    assert status == 1 and "the run was fitted to" in line
     assert run("evaluate.py", fold, cwd=tmp_path) == (0, "")
 
 
@@ -336,7 +376,7 @@ def test_a_fold_among_the_members_keeps_train_and_val_from_being_judged(two, fol
     members = [two[1], folds / "seed2643-fold0", "--ensemble", "--out", "out"]
     for flags in (["--split", "val"], ["--split", "train", "--data", two[0]]):
         status, line = run("evaluate.py", *members, *flags, cwd=tmp_path)
-        assert status == 1 and "was fitted to train and val together" in line and not (tmp_path / "out").exists()
+        assert status == 1 and "the run was fitted to" in line and not (tmp_path / "out").exists()
     assert run("evaluate.py", *members, cwd=tmp_path) == (0, "")
     assert judged(tmp_path / "out")[0]["title"].startswith("ensemble of 2; pixels on data, test split, 10 pictures")
 
@@ -450,9 +490,9 @@ def table_run(
     folder = root / data_set / backbone / f"seed{seed}{suffix}"
     folder.mkdir(parents=True)
     (folder / "best.pt").touch()
-    settings = {"backbone": backbone, "seed": seed, "fold": None, "data": data_set, "shuffle_labels": False} | more
-    config = {"data_set": data_set, "weights_origin": origin, "parameters": 8_100_000, "settings": settings}
-    config |= {"chance_loss": 0.5832, "solved": solved}
+    settings = {"backbone": backbone, "seed": seed, "fold": None, "shuffle_labels": False, "weights": origin}
+    settings |= {"optimizer": "lbfgs" if solved else "adamax"} | more
+    config = {"data_set": data_set, "parameters": 8_100_000, "settings": settings, "chance_loss": 0.5832}
     write_json(folder / "config.json", config)
     names = ["loss", "accuracy", "precision", "recall", "f1", "roc_auc"]
     measured = [f"{split}_{name}" for split in ("train", "val") for name in names]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -63,7 +64,7 @@ PLAIN = argparse.Namespace(image_size=60, mean=(0, 0, 0), std=(1, 1, 1))  # of a
 def drawn_as(augmentation, **values):
     """The arguments of an augmentation, some of its values replaced."""
     args = train.parse_arguments(["--backbone", "pixels", "--data", "x", "--augmentation", augmentation])
-    return argparse.Namespace(**vars(args) | values)
+    return argparse.Namespace(**vars(train.with_augmentation(args)) | values)
 
 
 def test_a_pixel_in_each_corner_is_still_there_in_the_input():
@@ -114,6 +115,7 @@ def test_warped_is_grid_sample_on_a_grid_shifted_along_time():
 def loaders_of(data, *flags):
     """(loaders, arguments) of a baseline; the label of each picture is its number."""
     args = train.parse_arguments(["--backbone", "pixels", "--data", str(data), "--batch-size", "8", *flags])
+    args = train.with_augmentation(args)
     pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
     table, model = pictures.assign(label=range(len(pictures))), Classifier("pixels", 1, image_size=64)
     store = train.store_features(model, table, recipe, args) if args.views else {}
@@ -257,7 +259,9 @@ def test_best_pt_is_the_epoch_that_is_kept_and_gives_its_figures_back(trained, d
     epochs = epochs_of(trained)
     best = epochs.iloc[-1]
     model, checkpoint = train.load_run(trained)
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["weights_origin"] == "random initialisation"
+    assert (
+        checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["settings"]["weights"] == "random initialisation"
+    )
     pictures, recipe = deeplcms.find_pictures(demo, ("train",))
     typical, cohort = deeplcms.cohort_of(pictures[~pictures["copy"]], recipe)
     assert checkpoint["recipe"] == recipe and checkpoint["cohort"] == cohort
@@ -287,14 +291,21 @@ def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_pat
     assert epochs_of(auto).equals(epochs_of(given))
 
 
+def prepared(data, flags):
+    """(what trains it, model, settings, pictures, recipe) of one training with these flags."""
+    [args] = train.trainings_of(train.parse_arguments(list(map(str, flags))))
+    pictures, recipe = labelled(data, "train", "val")
+    model, origin = train.build_model(args, 1)
+    settings = train.settings_of(args, model, origin, pictures, recipe)
+    return train.prepare(settings, model, pictures, recipe, {}), model, settings, pictures, recipe
+
+
 @pytest.mark.parametrize("finetune", ["all", "head"])
 def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, finetune):
     """Each rate's loss is that of 24 steps from the first weights, whatever rates were tried before it."""
     arguments = ["--backbone", "test_resnet", "--data", str(demo), *map(str, TINY)]
     arguments += ["--finetune", finetune, "--optimizer", "adamax", "--views", {"all": "0", "head": "1"}[finetune]]
-    [args] = train.trainings_of(train.parse_arguments(arguments))
-    pictures, recipe = labelled(demo, "train", "val")
-    learn, model, _ = train.prepare(args, pictures, train.classes_of(pictures), recipe, {})
+    learn, model, args, pictures, recipe = prepared(demo, arguments)
     loaders = learn.args[1]  # of fit(model, loaders, args)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     lr = train.find_lr(model, loaders, args, tmp_path)
@@ -343,7 +354,7 @@ def test_validation_figures_of_a_solved_head_are_out_of_fold(demo, tmp_path):
     folder = train_in(tmp_path, demo, "--shuffle-labels", "--optimizer", "auto", backbone="pixels")
     row = epochs_of(folder).iloc[0]
     assert row["train_accuracy"] == 1 and row["val_accuracy"] < 0.75 and row["val_loss"] > 0.6
-    assert run("evaluate.py", folder, "--split", "val", cwd=tmp_path)[1].endswith("has seen val; judge it on test")
+    assert "val: the run was fitted to" in run("evaluate.py", folder, "--split", "val", cwd=tmp_path)[1]
 
 
 @pytest.mark.parametrize("n_features", [10, 100])
@@ -388,10 +399,8 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
 def whole_network(data, *flags):
     """(what trains it, model, pictures, recipe, arguments) of a small network with batch norms, all of it trained."""
     flags = tiny(data, "--scales", "last:3", "--finetune", "all", "--workers", 0, *flags)
-    [args] = train.trainings_of(train.parse_arguments(list(map(str, flags))))
-    pictures, recipe = labelled(data, "train", "val")
-    learn, model, _ = train.prepare(args, pictures, train.classes_of(pictures), recipe, {})
-    return learn, model, pictures, recipe, args
+    learn, model, settings, pictures, recipe = prepared(data, flags)
+    return learn, model, pictures, recipe, settings
 
 
 def loss_on_validation(model, pictures, recipe):
@@ -527,7 +536,7 @@ def test_a_head_that_is_too_sure_shrinks_to_the_class_shares_and_one_that_is_rig
     assert baseline.item() == pytest.approx(torch.log(share / (1 - share)).item(), abs=1e-4)
     assert train.shrinkage(sure, baseline, labels) == 0.01
     shrunk = train.loss_of(torch.lerp(baseline, sure, 0.01), labels)
-    assert shrunk < 1.05 * train.chance_loss_of(labels) < train.loss_of(sure, labels)
+    assert shrunk < 1.05 * train.chance_loss_of(labels, 1) < train.loss_of(sure, labels)
     assert train.shrinkage(9 * (2 * labels[:, None].double() - 1), baseline, labels) == 1
 
 
@@ -540,7 +549,7 @@ def test_chance_is_a_test_of_the_auc_that_holds_for_one_of_twenty_shuffled_cohor
 
 def test_a_model_that_is_no_better_than_chance_is_called_so(demo, tmp_path, capsys):
     entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
-    assert train.chance_loss_of(np.array([0, 0, 0, 1])) == pytest.approx(entropy)
+    assert train.chance_loss_of(np.array([0, 0, 0, 1]), 1) == pytest.approx(entropy)
     train_in(tmp_path, demo, "--shuffle-labels", "--optimizer", "auto", backbone="pixels")
     assert (
         "warning: no better than chance: of shuffled labels 1 in 20 has a ROC AUC above 0.6" in capsys.readouterr().out
@@ -754,3 +763,91 @@ def test_every_architecture_of_the_articles_table_1_trains(name):
     loss = train.loss_of(model(x), torch.tensor([0, 1]))
     loss.backward()
     assert torch.isfinite(loss) and model.head.weight.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- what is the same training
+
+
+def test_paths_are_no_settings_and_content_is(demo, tmp_path):
+    flags = ["--backbone", "pixels", "--scales", "1:8", "--name", "one"]
+    assert run("train.py", *flags, "--data", demo, cwd=tmp_path) == (0, "")
+    before = (tmp_path / "runs/one/pixels/seed2643/best.pt").stat().st_mtime_ns
+    shutil.copytree(demo, tmp_path / "copy", ignore=shutil.ignore_patterns("raw", "runs"))
+    for spelling in (f"{demo}/", "copy", "./copy/"):
+        assert run("train.py", *flags, "--data", spelling, cwd=tmp_path) == (0, "")
+    assert (tmp_path / "runs/one/pixels/seed2643/best.pt").stat().st_mtime_ns == before
+    picture = next((tmp_path / "copy").glob("train/exposed/*.png"))
+    picture.unlink()
+    table = pd.read_csv(tmp_path / "copy/samples.csv", dtype=str)
+    table[table["sample_name"] != picture.stem].to_csv(tmp_path / "copy/samples.csv", index=False)
+    status, line = run("train.py", *flags, "--data", "copy", cwd=tmp_path)
+    assert status == 1 and "is a training with pictures" in line
+
+
+def test_config_holds_the_settings_that_ran(demo, tmp_path):
+    folder = train_in(tmp_path, demo, "--optimizer", "auto", backbone="pixels")
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert "auto" not in [value for name, value in settings.items() if name != "lr"]
+    assert settings["optimizer"] == "lbfgs" and settings["views"] > 0 and settings["weights"] == "no network"
+    assert settings["gain"] == 0 and "data" not in settings and "name" not in settings
+
+
+def test_runs_behind_a_link_are_found(demo, tmp_path):
+    (tmp_path / "disk").mkdir()
+    train_in(tmp_path / "disk", demo, "--optimizer", "auto", backbone="pixels")
+    (tmp_path / "runs").symlink_to(tmp_path / "disk/runs")
+    assert len(train.runs_in(tmp_path / "runs")) == 1
+
+
+def test_a_trial_takes_the_combination_that_no_finished_trial_has(demo, tmp_path, monkeypatch):
+    """Also after a command that was killed inside a trial, which stays unfinished for ever."""
+    monkeypatch.setattr(train, "SEARCH", {"warp": [0.0, 1.0, 2.0]})
+    flags = ["--backbone", "pixels", "--scales", "1:8", "--data", demo]
+    assert run("train.py", *flags, "--tune", 1, cwd=tmp_path) == (0, "")
+    storage = f"sqlite:///{tmp_path}/runs/demo/pixels/tune/study.db"
+    [name] = optuna.get_all_study_names(storage)
+    study = optuna.load_study(study_name=name, storage=storage)
+    study.enqueue_trial({"warp": 1.0})
+    study.ask().suggest_categorical("warp", [0.0, 1.0, 2.0])  # it is never told
+    assert run("train.py", *flags, "--tune", 3, cwd=tmp_path) == (0, "")
+    trials = pd.read_csv(tmp_path / "runs/demo/pixels/tune/trials.csv")
+    assert sorted(trials["params_warp"][trials["state"] == "COMPLETE"]) == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("flags", ["--lr nan", "--seed -1", "--batch-size 1", "--tune 2 --folds 3", "--warp -1"])
+def test_numbers_that_a_flag_cannot_mean_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--backbone", "pixels", "--data", "x", *flags.split()])
+    assert flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_backbone_of_patch_14_has_the_nearest_strides_and_a_size_it_refuses_one_line():
+    assert train.chosen_scales(None, [1, 14, 14], "vit") == [(1, 56), (14, 14)]
+    assert train.chosen_scales(None, [1, 32], "vit") == [(1, 56), (32, 14)]
+    with pytest.raises(InputError, match="test_vit cannot take pictures of 100 pixels; its own is 160"):
+        Classifier("test_vit", 1, image_size=100)
+
+
+def test_weights_of_another_size_say_so_and_a_prefix_is_none_of_their_names(tmp_path):
+    small, large = (timm.create_model("test_vit", num_classes=0, img_size=size) for size in (64, 128))
+    torch.save({f"model.{name}": tensor for name, tensor in large.state_dict().items()}, tmp_path / "large.pt")
+    train.load_weights(large, tmp_path / "large.pt")
+    with pytest.raises(InputError, match="size mismatch for pos_embed"):
+        train.load_weights(small, tmp_path / "large.pt")
+
+
+def test_a_rank_that_a_scheduler_left_behind_is_not_torchruns(demo, tmp_path):
+    environment = os.environ | {"RANK": "3"}
+    command = [sys.executable, ROOT / "train.py", "--backbone", "pixels", "--scales", "1:8", "--data", demo]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "run folder: " in done.stdout
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        train.save_checkpoint(tmp_path / "best.pt", {"a": torch.zeros(3)})
+    assert not list(tmp_path.iterdir())
