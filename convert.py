@@ -35,7 +35,15 @@ from deeplcms import read_header, read_json, read_table, run_script, warnings_of
 
 
 NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change no picture
-RESERVED = {"path", "copy", "label", "profile", "digest", "rt_drift"}  # titles that the tables of pictures use
+RESERVED = {
+    "path",
+    "copy",
+    "label",
+    "profile",
+    "digest",
+    "status",
+    "rt_drift",
+}  # titles that the tables of pictures use
 
 
 # ---------------------------------------------------------------- the cohort and its splits

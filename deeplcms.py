@@ -313,8 +313,8 @@ def files_of(paths):
 def find_pictures(data_dir, splits=None):
     """Table of the pictures of a data set, of these splits or all it has, and the Recipe of all; reads no pixels.
 
-    Its columns are path, split, phenotype, sample_name, copy (is it shifted?), profile, digest (of its pixels), and
-    those of samples.csv.
+    Its columns are path, split, phenotype, sample_name, copy (is it shifted?), profile, digest (of its pixels), the
+    statistics of the run, and those of samples.csv.
     """
     data_dir, rows, expected = Path(data_dir), [], None
     if not (data_dir / "samples.csv").is_file():
@@ -328,8 +328,8 @@ def find_pictures(data_dir, splits=None):
             expected = expected or recipe
             check_recipe(recipe, expected, path)
             row = {"path": path, "split": split, "phenotype": path.parent.name, "sample_name": text["sample_name"]}
-            copy = text["shift"] != "0 0"
-            rows.append(row | {"copy": copy, "profile": text["profile"], "digest": text["digest"]})
+            row |= {"copy": text["shift"] != "0 0", "profile": text["profile"], "digest": text["digest"]}
+            rows.append(row | {name: text.get(name, "") for name in (*STATISTICS, "polarity")})
     table, samples = pd.DataFrame(rows), read_table(data_dir / "samples.csv")
     check_pictures(table[~table["copy"]], samples, data_dir)
     samples = samples.drop(columns=table.columns.drop("sample_name"), errors="ignore")

@@ -282,8 +282,8 @@ def evaluate(runs, home, args):
 
     data_set, folder = checkpoint["config"]["data_set"], home
     if not is_own(checkpoint, data):
-        data_set = Path(data).resolve().name
-        folder = home / f"{data_set}-{digest_of(table, recipe):08x}-{args.split}"
+        data_set = data
+        folder = home / f"{Path(data).resolve().name}-{digest_of(table, recipe):08x}-{args.split}"
     elif args.split != "test":
         folder = home / args.split
     folder = Path(args.out or folder)
@@ -573,7 +573,9 @@ def compare(runs, out):
     parts = {f"{len(table)} runs. {JUDGED}": table[columns]}
     folds = table["run"][table["fold"] != ""]
     if len(folds):
-        held_out = pd.concat(map(read_held_out, folds))
+        # A training is known by where its folds lie, as two of them may have been started by the same command.
+        parts_of = [read_held_out(run).assign(training=run.rpartition("-fold")[0]) for run in folds]
+        held_out = pd.concat(parts_of)
         write_table(out / "out_of_fold.csv", held_out)
         pooled = held_out.groupby("training", sort=False).apply(pooled_metrics)
         parts[f"All folds of a training together. {FOLDS}"] = pooled

@@ -897,6 +897,15 @@ def test_pictures_and_table_that_do_not_fit_are_refused_before_any_work(tmp_path
         deeplcms.find_pictures(data)
 
 
+def test_a_spreadsheet_with_decimal_commas_costs_nothing(tmp_path):
+    data = small_data(tmp_path)
+    before, recipe = deeplcms.find_pictures(data)
+    table = (data / "samples.csv").read_text().replace(",", ";").replace(".", ",")
+    (data / "samples.csv").write_text(table)
+    after, _ = deeplcms.find_pictures(data)
+    assert deeplcms.cohort_of(after, recipe)[1] == deeplcms.cohort_of(before, recipe)[1]
+
+
 def test_runs_unlike_the_others_are_named(tmp_path):
     raw, samples = write_cohort(tmp_path, list("abcdefghijklmnopqrst"))
     write_mzml(raw / "c.mzML", random_scans(3)[:15])  # broken off

@@ -125,3 +125,87 @@ def test_a_regression_label(fork, two):
     assert (epochs["val_rmse"] ** 2).tolist() == pytest.approx(epochs["val_loss"].tolist(), rel=1e-5)
     works(folder, "evaluate.py", "runs")
     assert "val_rmse" in pd.read_csv(next(folder.glob("runs/**/comparison.csv")))
+
+
+def test_two_modes_a_sample(fork, two):
+    """Positive and negative scans of a sample lie side by side: the second file's scans come 11 minutes later."""
+    folder, edit = fork
+    both = """def read_run(path, *options):
+    (said, positive), (_, negative) = read_one(path, *options), read_one(path, *options)
+    return said, itertools.chain(positive, ((rt + 11, *peaks) for rt, *peaks in negative))
+
+
+"""
+    edit("deeplcms.py", "def read_run(", f"{both}def read_one(")
+    edit("deeplcms.py", "import json\n", "import itertools\nimport json\n")
+    raw = two[0].parent / "raw"
+    works(folder, "convert.py", raw, raw / "samples.csv", "modes", "--bins", 96, 64, "--sigma", 1)
+    works(folder, "train.py", *FLAGS, "modes")
+    (folder / "features.csv").write_text("rt,mz,name\n4.0,400,first\n15.0,400,second\n")
+    works(folder, "explain.py", "--features", "features.csv")
+    edit("deeplcms.py", "return np.ascontiguousarray(levels.T[::-1])", "return np.hstack([levels.T[::-1]] * 2)")
+    refused = call("convert.py", raw, raw / "samples.csv", "wide", "--bins", 64, cwd=folder, root=folder)
+    assert refused.returncode == 1 and "a picture has the shape (64, 128)" in refused.stderr
+
+
+NETWORK = """
+import torch
+from timm.models import register_model
+from torch import nn
+
+
+class Small(nn.Module):
+    feature_info = [{"num_chs": 8, "reduction": 4, "module": "one"}, {"num_chs": 16, "reduction": 8, "module": "two"}]
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(8, 16, 2, stride=2), nn.ReLU())
+
+    def forward_intermediates(self, x, indices=None, **_):
+        maps = [self.one(x)]
+        maps.append(self.two(maps[0]))
+        return [maps[i] for i in indices]
+
+
+@register_model
+def small(pretrained=False, **options):
+    return Small()
+"""
+
+
+def test_a_backbone_of_ones_own(fork, two):
+    folder, edit = fork
+    (folder / "small.py").write_text(NETWORK)
+    edit("train.py", "import timm\n", "import small\nimport timm\n")
+    flags = ["--backbone", "small", "--weights", "random", *FLAGS[4:], two[0]]
+    works(folder, "train.py", *flags)
+    works(folder, "evaluate.py")
+    works(folder, "explain.py")
+    (folder / "small.py").write_text(NETWORK.replace("ReLU", "GELU"))
+    again, judged = (call(*command, cwd=folder, root=folder) for command in (["train.py", *flags], ["evaluate.py"]))
+    assert again.returncode == 1 and "is a training with architecture" in again.stderr
+    assert judged.returncode == 1 and "the layers of small were others when it was trained" in judged.stderr
+    (folder / "small.py").write_text(NETWORK.replace('"num_chs": 16', '"num_chs": 32'))
+    wrong = call("train.py", *flags, "--name", "wrong", cwd=folder, root=folder)
+    assert wrong.returncode == 1 and "its map of stride 8 has not the channels of its feature_info" in wrong.stderr
+
+
+def test_another_metric_chooses_the_epoch(fork, two):
+    folder, edit = fork
+    old = 'row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf'
+    edit("train.py", f"return {old}", 'return 1 - row["val_f1"]')
+    flags = ["--optimizer", "adamax", *FLAGS, two[0], "--epochs", 6, "--patience", 3, "--lr", 0.01]
+    works(folder, "train.py", *flags)
+    epochs = pd.read_csv(folder / "runs/data/pixels/seed2643/epochs.csv")
+    kept = epochs[epochs["kept"]].iloc[-1]
+    assert kept["val_f1"] == epochs["val_f1"].max()
+
+
+def test_class_weights(fork, two):
+    folder, edit = fork
+    edit("train.py", "labels.to(logits.dtype))", "labels.to(logits.dtype), pos_weight=torch.tensor(3.0))")
+    works(folder, "train.py", *FLAGS, two[0], "--folds", 3)
+    works(folder, "evaluate.py", "runs")
+    table = pd.read_csv(next(folder.glob("runs/**/comparison.csv")))
+    assert (table["chance_loss"] > 1).all()  # 0.69 without weights
