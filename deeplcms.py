@@ -510,6 +510,9 @@ def whole_file(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # of a full disk, too
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -542,7 +545,7 @@ def read_table(path, skiprows=0, **options):
         with open(path, encoding="utf-8-sig") as file:
             lines = file.readlines()
         skiprows += lines[skiprows].startswith("sep=")  # Excel's own first line
-        header = lines[skiprows]
+        header = re.match(r'("[^"]*"|[^"\n])*', "".join(lines[skiprows:]))[0]  # a quoted title may hold a line break
         separator = max(",;\t", key=header.count)
         table = pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
     except (ValueError, IndexError, OSError) as error:  # of pandas, too: ragged lines, no columns, not UTF-8

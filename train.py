@@ -44,6 +44,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
 from scipy.stats import norm
+from sqlalchemy import URL
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -395,9 +396,13 @@ def load_weights(backbone, path):
         state = {re.sub(r"^(module\.|model\.|backbone\.)+", "", name): tensor for name, tensor in state.items()}
         backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
     except Exception as error:  # of torch, pickle and safetensors; KeyError: no such tensor
-        text = " ".join(str(error).split()).rpartition("loading state_dict for ")[2]
-        reason = f"{type(error).__name__}: {text[:250]}"
+        reason = f"{type(error).__name__}: {why_unfit(error)}"
         raise InputError(f"--weights {path}: no weights of this --backbone can be read from it ({reason})") from None
+
+
+def why_unfit(error):
+    """Why weights cannot be loaded, in one line; torch begins its message with a line that does not say it."""
+    return " ".join(str(error).split()).rpartition("loading state_dict for ")[2][:250]
 
 
 def save_checkpoint(path, contents):
@@ -444,7 +449,7 @@ def load_run(run):
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # of timm, torch
         made = f"made with timm {checkpoint['versions']['timm']}, and this is {version('timm')}"
-        raise InputError(f"{run}/best.pt: its network cannot be built ({made}; {first_line(error)})") from None
+        raise InputError(f"{run}/best.pt: its network cannot be built ({made}; {why_unfit(error)})") from None
     same_timm = all(checkpoint["versions"][name] == version(name) for name in ("timm", "torch"))
     if same_timm and settings.architecture != architecture_of(model):
         raise InputError(f"{run}/best.pt: the layers of {settings.backbone} were others when it was trained")
@@ -1040,6 +1045,28 @@ def draw_transformed(run, originals, model, recipe, args):
 
 
 # ---------------------------------------------------------------- tuning
+FINISHED = TrialState.COMPLETE, TrialState.PRUNED
+
+
+class EveryCombination(optuna.samplers.RandomSampler):
+    """A trial takes a combination of SEARCH that the fewest trials have finished, beside those that run at once.
+
+    So neither a command that was killed nor several processes leave a combination out.
+    """
+
+    def before_trial(self, study, trial):
+        combinations = [dict(zip(SEARCH, values, strict=True)) for values in itertools.product(*SEARCH.values())]
+        trials = study.get_trials()
+        finished = [other.params for other in trials if other.state in FINISHED]
+        fewest = min(map(finished.count, combinations))
+        left = [combination for combination in combinations if finished.count(combination) == fewest]
+        before = [other for other in trials if other.state == TrialState.RUNNING and other.number < trial.number]
+        self.chosen = left[len(before) % len(left)]
+
+    def sample_independent(self, study, trial, name, distribution):
+        return self.chosen[name]
+
+
 def tune(args, pictures, classes, recipe, store):
     """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"); writes trials.csv.
 
@@ -1071,9 +1098,9 @@ def tune(args, pictures, classes, recipe, store):
     folder = run_folder(args).parent / "tune"
     folder.mkdir(parents=True, exist_ok=True)
     question = compared(args) | SEARCH | {"pictures": digest_of(pictures, recipe)}
-    storage = args.storage or f"sqlite:///{folder.resolve().as_uri()}/study.db?uri=true"  # with any folder's name
+    storage = args.storage or URL.create("sqlite", database=f"{folder}/study.db").render_as_string()
     name = f"{args.backbone}-{zlib.crc32(json.dumps(question).encode()):08x}"
-    options = {"storage": storage, "load_if_exists": True}
+    options = {"storage": storage, "sampler": EveryCombination(), "load_if_exists": True}
     options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=5)
     for attempt in range(5):
         try:
@@ -1083,15 +1110,9 @@ def tune(args, pictures, classes, recipe, store):
             if attempt == 4:
                 raise InputError(f"--storage {storage}: {first_line(error)}") from None
             time.sleep(attempt / 2)  # two processes that make one database at once get in each other's way
-    done = (TrialState.COMPLETE, TrialState.PRUNED)
-    combinations = [dict(zip(SEARCH, values, strict=True)) for values in itertools.product(*SEARCH.values())]
-    while len(study.get_trials(states=done)) < args.tune:
-        # The combination that the fewest trials have finished, and of these one that no other process has begun.
-        finished = [trial.params for trial in study.get_trials(states=done)]
-        begun = [trial.params for trial in study.get_trials()]
-        study.enqueue_trial(min(combinations, key=lambda c: (finished.count(c), begun.count(c))))  # noqa: B023
+    while len(study.get_trials(states=FINISHED)) < args.tune:
         study.optimize(objective, n_trials=1)
-    if not study.get_trials(states=done[:1]):
+    if not study.get_trials(states=[TrialState.COMPLETE]):
         raise InputError("--tune: no trial came to its end; try a lower --lr")
     write_table(folder / "trials.csv", study.trials_dataframe())
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in study.best_params.items())

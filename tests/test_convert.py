@@ -372,6 +372,7 @@ def test_rows_of_one_group_land_in_one_split():
         ("sample_name,Phenotype,phenotype\na,x,y\nb,y,x\n", "two columns mean the same: Phenotype, phenotype"),
         ("sample_name,phenotype\n\n,\na,x\n../b,y\n", "row 5: sample_name '../b' cannot be used"),
         ("sample_name,phenotype\na,x\na.mzML,y\n", "named more than once: a"),
+        ('sep=;\n"sample\nname";"phenotype"\na;x\na;y\n', "named more than once: a"),
         ("sample_name,phenotype\na,x\n../b,y\n", "row 3: sample_name '../b' cannot be used"),
         ("sample,phenotype\na,x\n", "needs a column 'sample_name' (found: sample, phenotype)"),
         ("", "is no table"),

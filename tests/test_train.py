@@ -805,6 +805,8 @@ def test_a_trial_takes_the_combination_that_no_finished_trial_has(demo, tmp_path
     flags = ["--backbone", "pixels", "--scales", "1:8", "--data", demo]
     assert run("train.py", *flags, "--tune", 1, cwd=tmp_path) == (0, "")
     storage = f"sqlite:///{tmp_path}/runs/demo/pixels/tune/study.db"
+    assert run("train.py", *flags, "--tune", 1, "--out", "which?", cwd=tmp_path) == (0, "")
+    assert (tmp_path / "which?/demo/pixels/tune/study.db").exists() and not (tmp_path / "which").exists()
     [name] = optuna.get_all_study_names(storage)
     study = optuna.load_study(study_name=name, storage=storage)
     study.enqueue_trial({"warp": 1.0})
@@ -848,6 +850,6 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: .*best.pt"):
         train.save_checkpoint(tmp_path / "best.pt", {"a": torch.zeros(3)})
     assert not list(tmp_path.iterdir())
