@@ -69,6 +69,8 @@ def read_samples(args):
     if table["phenotype"].nunique() > table["phenotype"].map(one_spelling).nunique():
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
+    if "status" in table and table["status"].str.fullmatch("ok|no file|failed: .*").all():
+        table = table.drop(columns="status")  # of an earlier answer
     if taken := RESERVED & set(table):
         raise InputError(f"{args.samples}: its column {first_few(taken)} would be lost: rename it")
     table = table.assign(sample_name=names, path=names.map(runs))

@@ -921,9 +921,10 @@ def test_a_data_set_may_have_no_test_split_or_nothing_else(tmp_path):
     table = pd.DataFrame({"sample_name": [f"{i:03d}" for i in range(20)], "phenotype": "case", "split": "test"})
     table.to_csv(tmp_path / "test.csv", index=False)
     assert run("convert.py", tmp_path / "raw", tmp_path / "test.csv", "other", *FAST, cwd=tmp_path) == (0, "")
-    table.assign(label="x").to_csv(tmp_path / "test.csv", index=False)
-    status, line = run("convert.py", tmp_path / "raw", tmp_path / "test.csv", "third", *FAST, cwd=tmp_path)
-    assert status == 1 and "its column label would be lost: rename it" in line
+    for title, value in (("label", "x"), ("status", "cured")):
+        table.assign(**{title: value}).to_csv(tmp_path / "test.csv", index=False)
+        status, line = run("convert.py", tmp_path / "raw", tmp_path / "test.csv", "third", *FAST, cwd=tmp_path)
+        assert status == 1 and f"its column {title} would be lost: rename it" in line
 
 
 def test_a_figure_depends_on_no_setting_of_the_user(tmp_path):
