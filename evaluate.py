@@ -27,7 +27,7 @@ from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, 
 from deeplcms import digest_of, drift_of, files_of, find_pictures, first_few, first_line, label_of, metrics_of
 from deeplcms import picture_of_run, probabilities_of, profile_of, read_header, read_json, read_picture, roc_auc
 from deeplcms import run_script, share, warnings_of, write_json, write_table, write_text
-from train import best_of, figure, find_run, inputs_of, judged, load_run, predict, progress, runs_in
+from train import badness_of, best_of, figure, find_run, inputs_of, judged, load_run, predict, progress, runs_in
 
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
@@ -563,7 +563,7 @@ def compare(runs, out):
             print(f"left out: {run}: {first_line(error)}", file=sys.stderr)
     if not rows:
         raise InputError("none of these runs can be read")
-    table = pd.DataFrame(rows).sort_values(["judged", "val_loss"], ignore_index=True)
+    table = pd.DataFrame(sorted(rows, key=lambda row: (row["judged"], badness_of(row))))
     metrics = [name for name in COMPARED if name in table]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns="settings"))
