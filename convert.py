@@ -33,17 +33,9 @@ from deeplcms import NORMALIZE, SPLITS, STATISTICS, Help, InputError, Recipe, cl
 from deeplcms import find_runs, first_difference, first_few, histogram_of_run, one_spelling, picture_of_run, profile_of
 from deeplcms import read_header, read_json, read_table, run_script, warnings_of, whole_file, write_json, write_table
 
-
 NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change no picture
-RESERVED = {
-    "path",
-    "copy",
-    "label",
-    "profile",
-    "digest",
-    "status",
-    "rt_drift",
-}  # titles that the tables of pictures use
+# Titles that the tables of pictures use.
+RESERVED = set("path copy label profile digest status rt_drift".split())
 
 
 # ---------------------------------------------------------------- the cohort and its splits
@@ -70,7 +62,7 @@ def read_samples(args):
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
     if "status" in table and table["status"].str.fullmatch("ok|no file|failed: .*").all():
-        table = table.drop(columns="status")  # of an earlier answer
+        table = table.drop(columns="status")  # convert.py wrote this column itself
     if taken := RESERVED & set(table):
         raise InputError(f"{args.samples}: its column {first_few(taken)} would be lost: rename it")
     table = table.assign(sample_name=names, path=names.map(runs))

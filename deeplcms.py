@@ -470,7 +470,8 @@ def run_script(main):
     try:
         sys.exit(main())
     except (InputError, OSError) as error:
-        reason = str(error).rpartition("InputError: ")[2].strip()  # of a worker, after its traceback
+        # A loader's worker puts its traceback before the message.
+        reason = str(error).rpartition("InputError: ")[2].strip()
         sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on where it stopped")
@@ -511,7 +512,7 @@ def whole_file(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)  # of a full disk, too
+        error.filename = str(path)  # the error of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -79,11 +79,10 @@ def load_members(runs):
     return models, checkpoints
 
 
-def is_own(checkpoint, data):
-    """Are the pictures that this data set has for training those of the run, wherever they lie?"""
-    if not all(any(Path(data).glob(f"{split}/*/*.png")) for split in ("train", "val")):
-        return False
-    return digest_of(*find_pictures(data, ("train", "val"))) == checkpoint["config"]["settings"]["pictures"]
+def is_own(checkpoint, pictures, recipe):
+    """Are the training and validation pictures of this table those of the run, wherever they lie?"""
+    pictures = pictures[pictures["split"].isin(("train", "val"))]
+    return len(pictures) > 0 and digest_of(pictures, recipe) == checkpoint["config"]["settings"]["pictures"]
 
 
 def read_split(checkpoint, data, split):
@@ -275,13 +274,14 @@ def evaluate(runs, home, args):
     confusion = confusion_of(labels, called_class(probabilities, args.threshold), len(classes))
     # What else could explain it is sought in all splits that there are, as more runs show more; headers are enough.
     data = args.data or checkpoint["config"]["data"]
-    originals = find_pictures(data)[0].query("not copy")
+    everything, _ = find_pictures(data)
+    originals = everything.query("not copy")
     _, cohort = cohort_of(originals, recipe)
     confounders, not_looked_at = confounders_of(originals.assign(rt_drift=cohort["rt_drift"]))
     suspects = flagged(confounders)
 
     data_set, folder = checkpoint["config"]["data_set"], home
-    if not is_own(checkpoint, data):
+    if not is_own(checkpoint, everything, recipe):
         data_set = data
         folder = home / f"{Path(data).resolve().name}-{digest_of(table, recipe):08x}-{args.split}"
     elif args.split != "test":
@@ -444,11 +444,12 @@ def predict_command(runs, args):
         raise InputError(f"--out {args.out} exists already; give another name")
     if args.out and not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: no such folder")
-    table = predict_files(runs, args.predict, args.threshold)
+    files = files_of(args.predict)
+    table = predict_files(runs, files, args.threshold)
     print(table.to_string(index=False, float_format="{:.4f}".format))
     if args.out:
         write_table(args.out, table)
-    return int(len(table) < len(files_of(args.predict)))
+    return int(len(table) < len(files))
 
 
 # ---------------------------------------------------------------- many runs

@@ -270,7 +270,7 @@ class Classifier(nn.Module):
         try:
             with torch.no_grad():
                 sizes = [block.shape[1] for block in self.eval().blocks_of(blank)]
-        except Exception as error:  # of timm, in each family another
+        except Exception as error:  # each family of timm raises another type
             own = timm.get_pretrained_cfg(backbone)
             own = f"; its own is {own.input_size[-1]}" if own else ""
             size = f"{backbone} cannot take pictures of {self.image_size} pixels{own}"
@@ -430,7 +430,7 @@ def find_run(run=None):
 
 
 def runs_in(folder):
-    """[folder of each finished run] in a folder and below it, behind symbolic links, too."""
+    """Folders of the finished runs in a folder and below it. Symbolic links are followed."""
     return [Path(folder, path).parent for path in sorted(glob("**/best.pt", root_dir=folder, recursive=True))]
 
 
@@ -447,7 +447,7 @@ def load_run(run):
         options = settings.scales, settings.image_size, settings.finetune
         model = Classifier(settings.backbone, config["n_outputs"], *options)
         model.load_state_dict(checkpoint["model"])
-    except Exception as error:  # of timm, torch
+    except Exception as error:  # timm and torch raise several types
         made = f"made with timm {checkpoint['versions']['timm']}, and this is {version('timm')}"
         raise InputError(f"{run}/best.pt: its network cannot be built ({made}; {why_unfit(error)})") from None
     same_timm = all(checkpoint["versions"][name] == version(name) for name in ("timm", "torch"))

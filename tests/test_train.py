@@ -449,7 +449,7 @@ def test_the_weights_that_are_kept_are_as_good_as_those_they_average_at_each_epo
 @pytest.mark.parametrize(
     ("curve", "patience", "n_epochs", "kept"),
     [
-        ([0.6] + [0.7] * 18 + [0.65], "auto", 20, 20),  # a cosine schedule is trained to its end
+        ([0.6] + [0.7] * 18 + [0.65], "auto", 20, 20),  # the schedule is a cosine: it has no early stop
         ([0.6] + [0.7] * 18 + [0.2], 10, 20, 20),  # worst in the middle
         ([0.6, 0.5] + [0.7] * 38, 10, 30, 2),  # rises for good: ten epochs without a better one, from the middle on
     ],
