@@ -30,18 +30,26 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from deeplcms import NORMALIZE, SPLITS, STATISTICS, Help, InputError, Recipe, clean_title, colours, cores, count
-from deeplcms import find_runs, first_difference, first_few, histogram_of_run, one_spelling, picture_of_run, profile_of
-from deeplcms import read_header, read_json, read_table, run_script, warnings_of, whole_file, write_json, write_table
+from deeplcms import (
+    find_raw_files,
+    first_difference,
+    first_few,
+    make_histogram,
+    normalize_name,
+    make_picture,
+    compute_chromatogram,
+)
+from deeplcms import read_header, read_json, read_table, run_script, find_anomalies, whole_file, write_json, write_table
 
 NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that change no picture
 # Titles that the tables of pictures use.
-RESERVED = set("path copy label profile digest status rt_drift".split())
+RESERVED = set("path copy label chromatogram digest status rt_shift".split())
 
 
 # ---------------------------------------------------------------- the cohort and its splits
 def read_samples(args):
     """The table of samples, with the columns group, path (of the raw run, nan without one) and split."""
-    table, runs = read_table(args.samples, skip_blank_lines=False), find_runs(args.raw_dir)
+    table, runs = read_table(args.samples, skip_blank_lines=False), find_raw_files(args.raw_dir)
     table = table[table.map(str.strip).any(axis=1)]  # without blank rows; the index still counts them
     group_by = clean_title(args.group_by or "sample_name")
     no_name = r"^$|^\s|\s$|^\.|/"  # of a file or a folder
@@ -58,7 +66,7 @@ def read_samples(args):
     names = names.where(names.isin(runs), without)  # a table may name the files, with their extension
     if names.duplicated().any():
         raise InputError(f"{args.samples}: named more than once: {first_few(names[names.duplicated()])}")
-    if table["phenotype"].nunique() > table["phenotype"].map(one_spelling).nunique():
+    if table["phenotype"].nunique() > table["phenotype"].map(normalize_name).nunique():
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(set(table['phenotype']))}")
 
     if "status" in table and table["status"].str.fullmatch("ok|no file|failed: .*").all():
@@ -83,7 +91,7 @@ def read_samples(args):
     return table
 
 
-def share_out(sizes, fraction):
+def apportion(sizes, fraction):
     """How many of each phenotype make ceil(fraction * all), by largest remainder: Series like sizes."""
     n = math.ceil(fraction * sizes.sum() - 1e-9)
     exact = n * sizes / max(sizes.sum(), 1)
@@ -100,8 +108,8 @@ def assign_splits(table, test, val, seed):
     """
     one_hot = pd.get_dummies(table["phenotype"], dtype=int)  # (row, phenotype)
     sizes = one_hot.sum()
-    n_test = share_out(sizes, test)
-    n_val = share_out(sizes - n_test, val)
+    n_test = apportion(sizes, test)
+    n_val = apportion(sizes - n_test, val)
     wanted = pd.DataFrame([sizes - n_test - n_val, n_val, n_test], SPLITS)  # (split, phenotype)
     missing = wanted.copy()
     groups = list(table.groupby("group", sort=False).groups.values())
@@ -135,7 +143,7 @@ def check_splits(table):
 
 
 # ---------------------------------------------------------------- the PNGs of one run
-def shifted(picture, rt_shift, mz_shift):
+def shift_picture(picture, rt_shift, mz_shift):
     """Copy of a picture moved by whole pixels (right, up); what it uncovers is 0, nothing wraps around."""
     return np.asarray(Image.fromarray(picture).rotate(0, translate=(rt_shift, -mz_shift)))
 
@@ -158,15 +166,19 @@ def png_paths(out_dir, row, args):
 
 def write_pictures(path, pngs, recipe):
     """Write the picture of one run and its shifted copies (see png_paths); returns the statistics of the run."""
-    picture, statistics = picture_of_run(path, recipe)
+    picture, statistics = make_picture(path, recipe)
     palette = colours(np.arange(256), recipe.colormap).tobytes()
-    text = recipe.to_text() | {"source": path.name, "source_state": state_of(path), "sample_name": pngs[-1][0].stem}
+    text = recipe.to_text() | {
+        "source": path.name,
+        "source_state": read_file_state(path),
+        "sample_name": pngs[-1][0].stem,
+    }
     text |= statistics
     for png, (rt, mz) in pngs:
-        copy = shifted(picture, rt, mz)
+        copy = shift_picture(picture, rt, mz)
         text["shift"] = f"{rt} {mz}"
         text["digest"] = f"{zlib.crc32(copy):08x}"
-        text["profile"] = " ".join(f"{value:.4f}" for value in profile_of(copy))
+        text["chromatogram"] = " ".join(f"{value:.4f}" for value in compute_chromatogram(copy))
         chunks = PngImagePlugin.PngInfo()
         for name, value in text.items():
             chunks.add_text(name, str(value))
@@ -177,14 +189,14 @@ def write_pictures(path, pngs, recipe):
     return statistics
 
 
-def state_of(path):
+def read_file_state(path):
     """Size and time of a raw run's file: exported again under its name, it is another one."""
     return f"{path.stat().st_size} {int(path.stat().st_mtime)}"
 
 
-def statistics_of_run(path, min_intensity, polarity=""):
+def read_statistics(path, min_intensity, polarity=""):
     """Statistics of a run, its extent among them: for them it does not matter where the bins lie."""
-    return histogram_of_run(path, Recipe(0, 1, 0, 1, (1, 1), min_intensity=min_intensity, only_polarity=polarity))[1]
+    return make_histogram(path, Recipe(0, 1, 0, 1, (1, 1), min_intensity=min_intensity, only_polarity=polarity))[1]
 
 
 # ---------------------------------------------------------------- worker processes
@@ -236,7 +248,7 @@ def find_axes(out_dir, settings, runs, args):
         return [*args.rt_range, *args.mz_range], {}
     tasks = {name: (path, args.min_intensity, args.only_polarity) for name, path in runs.items()}
     found, failures = {}, {}
-    for name, result in for_each(statistics_of_run, tasks, args.workers, "finding axes"):
+    for name, result in for_each(read_statistics, tasks, args.workers, "finding axes"):
         (failures if isinstance(result, Exception) else found)[name] = result
     if not found:
         raise InputError(f"none of the {len(runs)} runs could be read; the first: {next(iter(failures.values()))}")
@@ -275,7 +287,7 @@ def convert(args):
         pngs[0][0].parent.mkdir(parents=True, exist_ok=True)
         if all(png.exists() for png, _ in pngs):
             header, _ = read_header(pngs[-1][0])
-            if header.get("source_state") == state_of(row.path):
+            if header.get("source_state") == read_file_state(row.path):
                 statistics[row.sample_name] = header
                 continue
         if row.sample_name not in failures:
@@ -288,11 +300,11 @@ def convert(args):
     if not statistics:
         (out_dir / "settings.json").unlink()  # they were wrong: the next command need not keep to them
         raise InputError(f"no run became a picture; the first: {next(iter(failures.values()))}")
-    report(out_dir, table, recipe, statistics, failures)
+    write_summary(out_dir, table, recipe, statistics, failures)
     return 1 if failures else 0
 
 
-def report(out_dir, table, recipe, statistics, failures):
+def write_summary(out_dir, table, recipe, statistics, failures):
     """Write samples.csv, one line a row of the sample table, and print the summary."""
     status = dict.fromkeys(statistics, "ok")
     for name, error in failures.items():
@@ -320,7 +332,7 @@ def report(out_dir, table, recipe, statistics, failures):
             print(f"warning: {warning}: {first_few(done['sample_name'][is_so])}")
     found = found.astype(dict.fromkeys(STATISTICS, float))
     typical = found[STATISTICS].median().to_frame().T.assign(polarity=found["polarity"].mode())
-    unlike = {name: warnings_of(row, typical, recipe, "other runs") for name, row in found.iterrows()}
+    unlike = {name: find_anomalies(row, typical, recipe, "other runs") for name, row in found.iterrows()}
     unlike = {name: text for name, text in unlike.items() if text}
     for name in list(unlike)[:5]:
         print(f"warning: {name}: {unlike[name]}")

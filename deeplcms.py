@@ -1,7 +1,7 @@
 """What a picture is, and the few things that all scripts share. Read this file first.
 
 Article, "Creating the pseudo images": a raw LC-MS run becomes a picture, x retention time, y m/z, colour log intensity.
-`picture_of_run` is that recipe, `Recipe` its settings. It has no command of its own and needs no torch: a worker of
+`make_picture` is that recipe, `Recipe` its settings. It has no command of its own and needs no torch: a worker of
 convert.py loads nothing else.
 """
 
@@ -28,7 +28,7 @@ from scipy.stats import rankdata
 
 SPLITS = ("train", "val", "test")
 NORMALIZE = ("quantile", "rt", "global")
-RUN = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
+RAW_FILE = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
 # The numbers known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint.
 STATISTICS = "n_scans scan_kinds n_peaks total_intensity outside rt_first rt_last rt_gap mz_low mz_high".split()
 
@@ -43,7 +43,7 @@ class Recipe:
     mz_min: float
     mz_max: float
     bins: tuple = (500, 500)  # of retention time, of m/z
-    normalize: str = "quantile"  # by what a run is divided: see picture_of_counts
+    normalize: str = "quantile"  # by what a run is divided: see render_histogram
     min_intensity: float = 0.0  # weaker peaks are left out
     sigma: float = 2.0  # of the Gaussian filter, in bins
     colormap: str = "jet"
@@ -77,20 +77,20 @@ class Recipe:
         return (self.rt_max - self.rt_min) / self.bins[0], (self.mz_max - self.mz_min) / self.bins[1]
 
 
-def picture_of_run(path, recipe):
+def make_picture(path, recipe):
     """Raw run -> picture uint8 (n_mz, n_rt) and the statistics of the run; InputError if there is nothing to see."""
-    counts, statistics = histogram_of_run(path, recipe)
+    counts, statistics = make_histogram(path, recipe)
     if not counts.any():
         own = "{rt_first:.2f}-{rt_last:.2f} min, m/z {mz_low:.2f}-{mz_high:.2f}".format(**statistics)
         axes = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} min, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
         raise InputError(f"{path.name}: no peak inside the axes, {axes}; its own are {own}")
-    picture = picture_of_counts(counts, recipe)
+    picture = render_histogram(counts, recipe)
     if picture.shape != recipe.bins[::-1]:  # in a fork: each place in minutes and m/z would be wrong
         raise InputError(f"a picture has the shape {picture.shape}, and its recipe has the bins {recipe.bins}")
     return picture, statistics
 
 
-def histogram_of_run(path, recipe):
+def make_histogram(path, recipe):
     """Intensity summed in bins, float (n_rt, n_mz), and the statistics of the run.
 
     The edges and the last bin are those of numpy.histogram2d. `outside` is the share of intensity off the axes.
@@ -99,7 +99,7 @@ def histogram_of_run(path, recipe):
     mz_edges = np.linspace(recipe.mz_min, recipe.mz_max, recipe.bins[1] + 1)
     mz_edges[-1] = np.nextafter(recipe.mz_max, np.inf)  # the last bin includes its right edge
     counts = np.zeros(recipe.bins)  # (n_rt, n_mz)
-    said, scans = read_run(path, recipe.min_intensity, recipe.only_polarity)
+    said, scans = read_raw(path, recipe.min_intensity, recipe.only_polarity)
     n_peaks, total, rts, mzs = 0, 0.0, [], []
     for rt, mz, intensity in scans:
         if not (0 <= rt < np.inf and mz[0] > 0 and np.isfinite(mz.sum())):
@@ -125,7 +125,7 @@ def histogram_of_run(path, recipe):
     return counts, said | statistics
 
 
-def picture_of_counts(counts, recipe):
+def render_histogram(counts, recipe):
     """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, time to the right, m/z up.
 
     quantile: divided by the 0.85 quantile of the histogram after a wide filter; 255 times that is the last colour, in
@@ -152,7 +152,7 @@ def colours(picture, colormap):
     return np.take(table, picture, axis=0)
 
 
-def read_run(path, min_intensity=0.0, only_polarity=""):
+def read_raw(path, min_intensity=0.0, only_polarity=""):
     """What a run says of itself, and an iterator over its MS1 scans (retention time in minutes, m/z, intensity).
 
     It says its polarity ("+", "-" or, unknown, ""), n_scans, scan_kinds and, if known, start_time. pyopenms tells mzML
@@ -161,7 +161,7 @@ def read_run(path, min_intensity=0.0, only_polarity=""):
     """
     import pyopenms  # not at the top: --help need not wait for it
 
-    if path.exists() and not is_run(path):
+    if path.exists() and not is_raw_file(path):
         raise InputError(f"{path}: no mzML or mzXML; msconvert makes mzML of what instruments write")
     with open(path, "rb") as file:
         if not file.read(1):
@@ -231,12 +231,12 @@ def slow_waves(at):
     return np.array(waves) / (1 + 1 / 2 + 1 / 3) ** 0.5
 
 
-def profile_of(picture):
+def compute_chromatogram(picture):
     """Mean log intensity (n_rt,), 0 ... 1, of a picture uint8 (n_mz, n_rt) at each retention time."""
     return picture.mean(axis=0) / 255
 
 
-def drift_of(profile, typical, recipe):
+def measure_rt_shift(profile, typical, recipe):
     """Minutes by which a profile (n_rt,) lies later than the typical one, a tenth of the axis at most.
 
     It is the lag at which the middle of the typical profile and what lies there in this one correlate best.
@@ -249,17 +249,17 @@ def drift_of(profile, typical, recipe):
     return float((likeness.argmax() - most) * recipe.bin_size()[0])
 
 
-def cohort_of(pictures, recipe):
+def summarize_cohort(pictures, recipe):
     """(typical profile (n_rt,), {statistic: a value a run}) of training pictures, the rows of find_pictures."""
-    profiles = [np.array(text.split(), float) for text in pictures["profile"]]
+    profiles = [np.array(text.split(), float) for text in pictures["chromatogram"]]
     typical = np.mean(profiles, axis=0)
     cohort = pictures[STATISTICS].astype(float).to_dict("list")
     cohort["polarity"] = pictures["polarity"].tolist()
-    cohort["rt_drift"] = [drift_of(profile, typical, recipe) for profile in profiles]
+    cohort["rt_shift"] = [measure_rt_shift(profile, typical, recipe) for profile in profiles]
     return typical, cohort
 
 
-def warnings_of(statistics, cohort, recipe, others="training runs"):
+def find_anomalies(statistics, cohort, recipe, others="training runs"):
     """What lies far beyond nine of ten other runs in the statistics of a run, as one line; '' if nothing does.
 
     The margins are wide, as a small cohort of one batch varies less than instruments do.
@@ -269,7 +269,7 @@ def warnings_of(statistics, cohort, recipe, others="training runs"):
     rt = 0.1 * (high["rt_last"] - low["rt_first"])  # a tenth of the axis
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
     margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "rt_gap": rt, "mz_low": mz, "mz_high": mz}
-    margins |= {"scan_kinds": 0, "rt_drift": 2 * recipe.bin_size()[0]}
+    margins |= {"scan_kinds": 0, "rt_shift": 2 * recipe.bin_size()[0]}
     limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items() if name in low}
     for name, factor in {"total_intensity": 3, "n_peaks": 3, "n_scans": 1.5}.items():
         limits[name] = low[name] / factor, high[name] * factor
@@ -284,11 +284,11 @@ def warnings_of(statistics, cohort, recipe, others="training runs"):
 
 
 # ---------------------------------------------------------------- raw runs and pictures of a data set
-def find_runs(folder):
+def find_raw_files(folder):
     """{sample name: path} of the mzML and mzXML files in a folder, packed or not."""
     runs = {}
-    for path in filter(is_run, sorted(Path(folder).iterdir())):
-        name = RUN.fullmatch(path.name)[1]
+    for path in filter(is_raw_file, sorted(Path(folder).iterdir())):
+        name = RAW_FILE.fullmatch(path.name)[1]
         if name in runs:
             raise InputError(f"{folder}: {runs[name].name} and {path.name} are both sample '{name}': keep one")
         runs[name] = path
@@ -298,15 +298,15 @@ def find_runs(folder):
     return runs
 
 
-def is_run(path):
-    return RUN.fullmatch(path.name)
+def is_raw_file(path):
+    return RAW_FILE.fullmatch(path.name)
 
 
-def files_of(paths):
+def list_files(paths):
     """[Path] of files, and of the runs in those that are folders."""
     files = []
     for path in map(Path, paths):
-        files += sorted(filter(is_run, path.glob("*"))) or [path]
+        files += sorted(filter(is_raw_file, path.glob("*"))) or [path]
     return files
 
 
@@ -328,7 +328,7 @@ def find_pictures(data_dir, splits=None):
             expected = expected or recipe
             check_recipe(recipe, expected, path)
             row = {"path": path, "split": split, "phenotype": path.parent.name, "sample_name": text["sample_name"]}
-            row |= {"copy": text["shift"] != "0 0", "profile": text["profile"], "digest": text["digest"]}
+            row |= {"copy": text["shift"] != "0 0", "chromatogram": text["chromatogram"], "digest": text["digest"]}
             rows.append(row | {name: text.get(name, "") for name in (*STATISTICS, "polarity")})
     table, samples = pd.DataFrame(rows), read_table(data_dir / "samples.csv")
     check_pictures(table[~table["copy"]], samples, data_dir)
@@ -345,7 +345,7 @@ def check_pictures(originals, samples, data_dir):
                 f"{data_dir}: in two splits or phenotypes, or two rows of samples.csv: {first_few(several)}"
             )
     phenotypes = set(originals["phenotype"])
-    if len(phenotypes) > len(set(map(one_spelling, phenotypes))):
+    if len(phenotypes) > len(set(map(normalize_name, phenotypes))):
         raise InputError(f"{data_dir}: one phenotype in two spellings: {first_few(phenotypes)}")
     in_splits = originals.groupby("digest")["split"].transform("nunique")
     if (in_splits > 1).any():
@@ -358,12 +358,12 @@ def check_pictures(originals, samples, data_dir):
             raise InputError(f"{data_dir}/samples.csv has {what}: {first_few(concerned)}")
 
 
-def one_spelling(name):
+def normalize_name(name):
     """The same text for spellings of a name that look alike: capitals, and the two forms of an accent."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def digest_of(pictures, recipe):
+def digest_pictures(pictures, recipe):
     """What data set is this? A number of its pictures and what they are named and labelled, on any system and path."""
     rows = pictures[["sample_name", "phenotype", "split", "group", "digest"]].agg("\t".join, axis=1)
     return zlib.crc32("\n".join([repr(recipe), *sorted(rows)]).encode())
@@ -381,7 +381,7 @@ def read_header(path):
     try:
         with Image.open(path) as image:
             recipe = Recipe.from_text(image.info)
-            if image.mode != "P" or image.size != recipe.bins or not {"profile", "digest"} <= set(image.info):
+            if image.mode != "P" or image.size != recipe.bins or not {"chromatogram", "digest"} <= set(image.info):
                 raise ValueError("other pixels than its recipe says")
             return image.info, recipe
     except (OSError, SyntaxError, KeyError, ValueError) as error:
@@ -398,12 +398,12 @@ def read_picture(path):
 
 
 # ---------------------------------------------------------------- what is learned, and how well
-def label_of(pictures, classes):
+def make_labels(pictures, classes):
     """Label (N,) of each row of find_pictures: the index of its phenotype among the classes."""
     return pictures["phenotype"].map(classes.index).to_numpy()
 
 
-def probabilities_of(logits):
+def to_probabilities(logits):
     """Logits (N, 1) of class 1, or (N, K), -> probability of each class (N, 2 or K). From log p (N, K) it is p."""
     logits = np.asarray(logits, float)
     if logits.shape[1] == 1:
@@ -411,28 +411,28 @@ def probabilities_of(logits):
     return softmax(logits, axis=1)
 
 
-def called_class(probabilities, threshold=0.5):
+def predict_classes(probabilities, threshold=0.5):
     """Class (N,) of probabilities (N, K): of two, class 1 from `threshold` on; of more, the most probable."""
     if probabilities.shape[1] > 2:
         return probabilities.argmax(axis=1)
     return (probabilities[:, 1] >= threshold).astype(int)
 
 
-def confusion_of(labels, called, n_classes):
+def count_confusions(labels, called, n_classes):
     """Number of pictures of each class (row) that are called each class (column)."""
     confusion = np.zeros((n_classes, n_classes), int)
     np.add.at(confusion, (labels, called), 1)
     return confusion
 
 
-def metrics_of(labels, logits, threshold=0.5):
+def compute_metrics(labels, logits, threshold=0.5):
     """{name: value} of logits (N, 1 or K); nan where undefined. Two classes: of class 1; more: means over them.
 
     A name here is a column of epochs.csv and a line of every table; the first three are shown while training.
     """
-    probabilities = probabilities_of(logits)
+    probabilities = to_probabilities(logits)
     n_classes = probabilities.shape[1]
-    confusion = confusion_of(labels, called_class(probabilities, threshold), n_classes)
+    confusion = count_confusions(labels, predict_classes(probabilities, threshold), n_classes)
     hits, actual, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     shown = [1] if n_classes == 2 else range(n_classes)
     squared_error = ((probabilities - np.eye(n_classes)[labels]) ** 2).sum(1).mean()

@@ -23,11 +23,41 @@ import torch
 from scipy.stats import binomtest, chi2_contingency, false_discovery_control, kruskal, norm, rankdata
 from tqdm import tqdm
 
-from deeplcms import RUN, SPLITS, Help, InputError, called_class, check_recipe, cohort_of, colours, confusion_of
-from deeplcms import digest_of, drift_of, files_of, find_pictures, first_few, first_line, label_of, metrics_of
-from deeplcms import picture_of_run, probabilities_of, profile_of, read_header, read_json, read_picture, roc_auc
-from deeplcms import run_script, share, warnings_of, write_json, write_table, write_text
-from train import badness_of, best_of, figure, find_run, inputs_of, judged, load_run, predict, progress, runs_in
+from deeplcms import (
+    RAW_FILE,
+    SPLITS,
+    Help,
+    InputError,
+    predict_classes,
+    check_recipe,
+    summarize_cohort,
+    colours,
+    count_confusions,
+)
+from deeplcms import (
+    digest_pictures,
+    measure_rt_shift,
+    list_files,
+    find_pictures,
+    first_few,
+    first_line,
+    make_labels,
+    compute_metrics,
+)
+from deeplcms import make_picture, to_probabilities, compute_chromatogram, read_header, read_json, read_picture, roc_auc
+from deeplcms import run_script, share, find_anomalies, write_json, write_table, write_text
+from train import (
+    score_epoch,
+    find_kept_epoch,
+    figure,
+    find_run,
+    make_inputs,
+    split_metrics,
+    load_run,
+    predict,
+    progress,
+    find_runs,
+)
 
 
 RESAMPLES, SEED, FEWEST = 2000, 2643, 10
@@ -38,11 +68,11 @@ JUDGED = """judged out of fold: each picture by weights it took no part in; judg
 have chosen the epoch, so that these figures are too good beside the others. Sorted by judged, then by val_loss."""
 FOLDS = "The fold that held it out judges each picture. Folds are calibrated differently, so distrust a pooled AUC."
 # Columns of find_pictures that name a run or its class; any other may tell how it was measured.
-NO_CONFOUNDERS = "path split phenotype sample_name copy profile digest label group status".split()
+NO_CONFOUNDERS = "path split phenotype sample_name copy chromatogram digest label group status".split()
 
 
 # ---------------------------------------------------------------- what a title says, and who votes
-def cautions(config):
+def list_cautions(config):
     """What every table and title that quotes a run must say about it; an ordinary run gives an empty list."""
     origin, notes = config["settings"]["weights"], []
     if origin in ("no network", "random initialisation"):
@@ -52,14 +82,14 @@ def cautions(config):
     return notes
 
 
-def title_of(checkpoints, what):
+def make_title(checkpoints, what):
     """'pixels on golestan; no network', of several 'ensemble of 5; pixels on ...'; "; " breaks a figure's title."""
     backbones = sorted({checkpoint["config"]["settings"]["backbone"] for checkpoint in checkpoints})
     parts = [f"{', '.join(backbones)} on {what}"]
     if len(checkpoints) > 1:
         parts.insert(0, f"ensemble of {len(checkpoints)}")
     for checkpoint in checkpoints:
-        parts += cautions(checkpoint["config"])
+        parts += list_cautions(checkpoint["config"])
         if checkpoint["by_chance"]:
             parts.append("on validation pictures no better than chance")
     return "; ".join(dict.fromkeys(parts))  # each once
@@ -82,7 +112,7 @@ def load_members(runs):
 def is_own(checkpoint, pictures, recipe):
     """Are the training and validation pictures of this table those of the run, wherever they lie?"""
     pictures = pictures[pictures["split"].isin(("train", "val"))]
-    return len(pictures) > 0 and digest_of(pictures, recipe) == checkpoint["config"]["settings"]["pictures"]
+    return len(pictures) > 0 and digest_pictures(pictures, recipe) == checkpoint["config"]["settings"]["pictures"]
 
 
 def read_split(checkpoint, data, split):
@@ -105,7 +135,7 @@ def read_unseen(checkpoints, data, split):
         raise InputError(f"{where}: the run was fitted to {seen.sum()} of these {len(seen)} pictures: {names}")
     if unknown := set(table["phenotype"]) - set(config["classes"]):
         raise InputError(f"{where}: {first_few(unknown)} is none of the run's classes, {', '.join(config['classes'])}")
-    return table.assign(label=label_of(table, config["classes"])), pictures
+    return table.assign(label=make_labels(table, config["classes"])), pictures
 
 
 def read_files(files, recipe):
@@ -121,8 +151,8 @@ def read_files(files, recipe):
                 check_recipe(read_header(path)[1], recipe, path)
                 picture = read_picture(path)
             else:
-                picture, statistics = picture_of_run(path, recipe)
-                name, phenotype = RUN.fullmatch(path.name)[1], ""
+                picture, statistics = make_picture(path, recipe)
+                name, phenotype = RAW_FILE.fullmatch(path.name)[1], ""
         except (InputError, OSError) as error:
             if len(files) == 1:
                 raise
@@ -135,30 +165,30 @@ def read_files(files, recipe):
     return pd.DataFrame(rows, columns=["file", "group", "sample_name", "phenotype", "statistics"]), pictures
 
 
-def votes_of(models, recipe, pictures):
+def predict_probabilities(models, recipe, pictures):
     """Probability (member, picture, class) that each model gives to each class of pictures [uint8 (H, W)]."""
     votes = []
     for model in models:
         starts = progress(range(0, len(pictures), 32), "classifying")
-        batches = ((inputs_of(model, recipe, pictures[i : i + 32]), None) for i in starts)
+        batches = ((make_inputs(model, recipe, pictures[i : i + 32]), None) for i in starts)
         logits = torch.cat([logits for logits, _ in predict(model, batches)])
         if not logits.isfinite().all():
             raise InputError("the run's weights give no finite numbers: train it again with a lower --lr")
-        votes.append(probabilities_of(logits))
+        votes.append(to_probabilities(logits))
     return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit
 
 
-def calls_of(votes, classes, threshold):
+def tabulate_predictions(votes, classes, threshold):
     """Table of the class called, its mean probability and that of the others, and of several votes its deviation."""
-    called = called_class(votes.mean(0), threshold)
-    table = pd.DataFrame({"called": [classes[k] for k in called]})
+    called = predict_classes(votes.mean(0), threshold)
+    table = pd.DataFrame({"predicted": [classes[k] for k in called]})
     table[[f"probability_{name}" for name in classes]] = votes.mean(0)
     if len(votes) > 1:
-        table["spread"] = votes.std(0)[np.arange(len(called)), called]
+        table["probability_std"] = votes.std(0)[np.arange(len(called)), called]
     return table
 
 
-def rule_of(classes, threshold):
+def describe_rule(classes, threshold):
     """When a class is called, in words."""
     if len(classes) > 2:
         return "the most probable class is called"
@@ -166,15 +196,15 @@ def rule_of(classes, threshold):
 
 
 # ---------------------------------------------------------------- how well, and how certainly
-def judge(labels, logits, groups, threshold=0.5):
+def compute_intervals(labels, logits, groups, threshold=0.5):
     """Table of each metric's value and its 95 % interval, which is undefined with fewer than ten groups of a class.
 
     Proportions have Wilson's interval (1927), the other metrics percentiles over resamples within each class, which
     keep their sizes; where all resamples are alike there is no interval. Pictures of a group (a person) are not
     independent: then whole groups are drawn for all metrics, in place of one that holds the same classes.
     """
-    table = pd.DataFrame({"value": metrics_of(labels, logits, threshold), "low": np.nan, "high": np.nan})
-    probabilities, limits = probabilities_of(logits), ["low", "high"]
+    table = pd.DataFrame({"value": compute_metrics(labels, logits, threshold), "low": np.nan, "high": np.nan})
+    probabilities, limits = to_probabilities(logits), ["low", "high"]
     n_classes = probabilities.shape[1]
     holds = pd.crosstab(groups, labels) > 0  # (group, class)
     rows = pd.Series(labels).groupby(groups).indices  # pictures of each group
@@ -184,13 +214,13 @@ def judge(labels, logits, groups, threshold=0.5):
     for _ in tqdm(range(RESAMPLES), desc="bootstrap", disable=None, leave=False):
         drawn = holds.groupby([*holds]).sample(frac=1, replace=True, random_state=rng).index
         i = np.concatenate([rows[group] for group in drawn])
-        resamples.append(metrics_of(labels[i], logits[i], threshold))
+        resamples.append(compute_metrics(labels[i], logits[i], threshold))
     resamples = pd.DataFrame(resamples).dropna(axis=1, thresh=0.95 * RESAMPLES)  # without what is often undefined
     quantiles = resamples.quantile([0.025, 0.975]).T
     table[limits] = quantiles[quantiles[0.025] < quantiles[0.975]]
     if len(rows) < len(labels):
         return table
-    called = called_class(probabilities, threshold)
+    called = predict_classes(probabilities, threshold)
     right = called == labels
     table.loc["accuracy", limits] = wilson(right)
     if n_classes == 2:
@@ -207,7 +237,7 @@ def wilson(hits):
 
 
 # ---------------------------------------------------------------- what else could explain it
-def numbers_of(column):
+def read_numbers(column):
     """Ranks of a column of text that holds numbers (45.7 or 45,7) or dates; any other column as it is.
 
     Up to twelve values of which some are no numbers (plates 1, 2, 3a) are names.
@@ -221,7 +251,7 @@ def numbers_of(column):
     return read.dropna().rank() if most else column
 
 
-def confounders_of(pictures):
+def find_confounders(pictures):
     """Table of what else is known of each run: can it alone tell the phenotypes apart? And {column: why not looked at}.
 
     Each name is a part. So is each of up to twelve numbers or dates; more are cut into five parts. auc: of the share of
@@ -233,7 +263,7 @@ def confounders_of(pictures):
     pictures = pictures.drop_duplicates(["group", "phenotype"])  # runs of one person are not independent
     for name, column in pictures.drop(columns=NO_CONFOUNDERS, errors="ignore").items():
         column = column[column.notna() & (column != "")]
-        parts = numbers = numbers_of(column) if column.dtype != float else column.rank()
+        parts = numbers = read_numbers(column) if column.dtype != float else column.rank()
         is_number = numbers.dtype == float
         if is_number and numbers.nunique() > 12:
             parts = np.ceil(5 * numbers / len(numbers))
@@ -256,7 +286,7 @@ def confounders_of(pictures):
     return table.assign(q=false_discovery_control(table["q"])), left_out
 
 
-def flagged(confounders):
+def flag_confounders(confounders):
     """Names of what tells the phenotypes apart by itself, beyond chance and not by a little."""
     return list(confounders.query("q < 0.05 and auc > 0.7").index)
 
@@ -268,33 +298,33 @@ def evaluate(runs, home, args):
     checkpoint = checkpoints[0]
     recipe, classes = checkpoint["recipe"], checkpoint["config"]["classes"]
     table, pictures = read_unseen(checkpoints, args.data, args.split)
-    votes = votes_of(models, recipe, pictures)
+    votes = predict_probabilities(models, recipe, pictures)
     labels, probabilities = table["label"].to_numpy(), votes.mean(0)
-    metrics = judge(labels, np.log(probabilities), table["group"], args.threshold)
-    confusion = confusion_of(labels, called_class(probabilities, args.threshold), len(classes))
+    metrics = compute_intervals(labels, np.log(probabilities), table["group"], args.threshold)
+    confusion = count_confusions(labels, predict_classes(probabilities, args.threshold), len(classes))
     # What else could explain it is sought in all splits that there are, as more runs show more; headers are enough.
     data = args.data or checkpoint["config"]["data"]
     everything, _ = find_pictures(data)
     originals = everything.query("not copy")
-    _, cohort = cohort_of(originals, recipe)
-    confounders, not_looked_at = confounders_of(originals.assign(rt_drift=cohort["rt_drift"]))
-    suspects = flagged(confounders)
+    _, cohort = summarize_cohort(originals, recipe)
+    confounders, not_looked_at = find_confounders(originals.assign(rt_shift=cohort["rt_shift"]))
+    suspects = flag_confounders(confounders)
 
     data_set, folder = checkpoint["config"]["data_set"], home
     if not is_own(checkpoint, everything, recipe):
         data_set = data
-        folder = home / f"{Path(data).resolve().name}-{digest_of(table, recipe):08x}-{args.split}"
+        folder = home / f"{Path(data).resolve().name}-{digest_pictures(table, recipe):08x}-{args.split}"
     elif args.split != "test":
         folder = home / args.split
     folder = Path(args.out or folder)
     folder.mkdir(parents=True, exist_ok=True)
-    title = title_of(checkpoints, f"{data_set}, {args.split} split, {len(labels)} pictures")
+    title = make_title(checkpoints, f"{data_set}, {args.split} split, {len(labels)} pictures")
     result = {
         "title": title,
         "run": ", ".join(map(str, runs)),
         "split": args.split,
         "threshold": args.threshold if len(classes) == 2 else None,
-        "rule": rule_of(classes, args.threshold),
+        "rule": describe_rule(classes, args.threshold),
         "classes": classes,
         "confusion": confusion.tolist(),
         "metrics": metrics.replace({np.nan: None}).to_dict("index"),
@@ -302,12 +332,14 @@ def evaluate(runs, home, args):
         "flagged": suspects,
         "not_looked_at": not_looked_at,
     }
-    predictions = table[["sample_name", "group", "phenotype"]].join(calls_of(votes, classes, args.threshold))
-    predictions.insert(4, "right", np.where(predictions["called"] == table["phenotype"], "yes", "no"))
+    predictions = table[["sample_name", "group", "phenotype"]].join(
+        tabulate_predictions(votes, classes, args.threshold)
+    )
+    predictions.insert(4, "correct", np.where(predictions["predicted"] == table["phenotype"], "yes", "no"))
     predictions["file"] = table["path"]
     write_table(folder / "predictions.csv", predictions)
     # The figures show the probability of class 1, or with more classes of the class called.
-    predictions = predictions.assign(of=predictions["called"], p=probabilities.max(1))
+    predictions = predictions.assign(of=predictions["predicted"], p=probabilities.max(1))
     if len(classes) == 2:
         result |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
         predictions = predictions.assign(of=classes[1], p=probabilities[:, 1])
@@ -342,7 +374,7 @@ def draw_confusion(ax, confusion, classes):
         ax.text(j, i, f"{n}\n{share[i, j]:.0%}", ha="center", va="center")
     ax.set_xticks(range(len(classes)), classes)
     ax.set_yticks(range(len(classes)), classes)
-    ax.set(xlabel="called", ylabel="true phenotype")
+    ax.set(xlabel="predicted", ylabel="true phenotype")
     ax.set_title("Number of pictures, share of the true phenotype", fontsize=10)
 
 
@@ -385,8 +417,8 @@ def draw_prediction_matrix(path, predictions, pictures, recipe, title):
     """Article, Figure 5: nine pictures, phenotypes in turn; green is right."""
     looks = {"yes": ("#1a8a3a", "right"), "no": ("#d62728", "wrong")}
     with figure(path, title, (10, 10.5), nrows=3, ncols=3, sharex=True, sharey=True) as axes:
-        for axis, row in zip(axes.flat, in_turn(predictions, 9).itertuples(), strict=False):
-            colour, word = looks[row.right]
+        for axis, row in zip(axes.flat, pick_in_turn(predictions, 9).itertuples(), strict=False):
+            colour, word = looks[row.correct]
             show(axis, colours(pictures[row.Index], recipe.colormap), recipe)
             text = f"{row.sample_name[:30]}: P({row.of}) = {row.p:.3f}\ntrue phenotype: {row.phenotype} ({word})"
             axis.set_title(text, color=colour, fontsize=10)
@@ -394,7 +426,7 @@ def draw_prediction_matrix(path, predictions, pictures, recipe, title):
         label_axes(axes)
 
 
-def in_turn(pictures, n):
+def pick_in_turn(pictures, n):
     """n rows for a figure, drawn at random, phenotypes in turn."""
     drawn = pictures.sample(frac=1, random_state=SEED)
     turn = drawn.groupby("phenotype").cumcount()
@@ -427,14 +459,18 @@ def predict_files(runs, files, threshold=0.5):
     models, checkpoints = load_members(runs)
     checkpoint, config = checkpoints[0], checkpoints[0]["config"]
     recipe = checkpoint["recipe"]
-    print(title_of(checkpoints, config["data_set"]), rule_of(config["classes"], threshold), "", sep="\n")
-    read, pictures = read_files(files_of(files), recipe)
-    table = read[["file"]].join(calls_of(votes_of(models, recipe, pictures), config["classes"], threshold))
-    table["rt_drift"] = [drift_of(profile_of(picture), checkpoint["profile"], recipe) for picture in pictures]
+    print(make_title(checkpoints, config["data_set"]), describe_rule(config["classes"], threshold), "", sep="\n")
+    read, pictures = read_files(list_files(files), recipe)
+    table = read[["file"]].join(
+        tabulate_predictions(predict_probabilities(models, recipe, pictures), config["classes"], threshold)
+    )
+    table["rt_shift"] = [
+        measure_rt_shift(compute_chromatogram(picture), checkpoint["chromatogram"], recipe) for picture in pictures
+    ]
     table["warning"] = "a picture: how its run was measured is unknown"
     for i, statistics in read["statistics"].dropna().items():
-        statistics["rt_drift"] = table["rt_drift"][i]
-        table.loc[i, "warning"] = warnings_of(statistics, checkpoint["cohort"], recipe)
+        statistics["rt_shift"] = table["rt_shift"][i]
+        table.loc[i, "warning"] = find_anomalies(statistics, checkpoint["cohort"], recipe)
     return table
 
 
@@ -444,7 +480,7 @@ def predict_command(runs, args):
         raise InputError(f"--out {args.out} exists already; give another name")
     if args.out and not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: no such folder")
-    files = files_of(args.predict)
+    files = list_files(args.predict)
     table = predict_files(runs, files, args.threshold)
     print(table.to_string(index=False, float_format="{:.4f}".format))
     if args.out:
@@ -457,18 +493,18 @@ def runs_below(paths):
     """The run folders named, and all below a folder that is not a run itself, each once."""
     runs = []
     for path in map(Path, paths):
-        runs += runs_in(path) or [find_run(path)]
+        runs += find_runs(path) or [find_run(path)]
     return list(dict.fromkeys(runs))
 
 
-def row_of(run):
+def summarize_run(run):
     """A run in a comparison, by the epoch that was kept, but a fold is judged on what it held out."""
     config = read_json(run / "config.json")
     settings = config["settings"]
     judged_by = "out of fold" if settings["optimizer"] == "lbfgs" or settings["fold"] is not None else "validation"
     seed, fold = settings.pop("seed"), settings.pop("fold")
     epochs = pd.read_csv(run / "epochs.csv")
-    best = pd.Series(best_of(epochs.to_dict("records")))
+    best = pd.Series(find_kept_epoch(epochs.to_dict("records")))
     row = {
         "data_set": config["data_set"],
         "backbone": settings["backbone"],
@@ -479,15 +515,15 @@ def row_of(run):
         "seconds": epochs["seconds"].sum(),
         "seed": seed,
         "fold": "" if fold is None else fold,
-        "chance_loss": config["chance_loss"],
-        "notes": ", ".join(cautions(config)),
+        "baseline_loss": config["baseline_loss"],
+        "notes": ", ".join(list_cautions(config)),
         "run": str(run),
         "settings": json.dumps(settings),  # what replicates share
     }
     if fold is not None:
         pictures = read_held_out(run)
         logits = torch.tensor(pictures.filter(like="logit_").to_numpy())
-        row |= judged("val", [(logits, torch.tensor(pictures["label"]))])
+        row |= split_metrics("val", [(logits, torch.tensor(pictures["label"]))])
     return row
 
 
@@ -500,12 +536,12 @@ def read_held_out(run):
 def pooled_metrics(pictures):
     """'value (low-high)' of each metric over the held-out pictures of all folds of a training."""
     logits = pictures.filter(like="logit_").dropna(axis=1).to_numpy()
-    table = judge(pictures["label"].to_numpy(), logits, pictures["group"].to_numpy())
+    table = compute_intervals(pictures["label"].to_numpy(), logits, pictures["group"].to_numpy())
     text = table.apply(lambda row: "{value:.3f} ({low:.3f}-{high:.3f})".format(**row), axis=1)
     return text.str.removesuffix(" (nan-nan)")
 
 
-def replicates_of(table):
+def group_replicates(table):
     """{label: rows}: two runs or more that differ in nothing but seed and fold, in the order of their best loss."""
     replicates = {}
     for (data_set, backbone, notes), rows in table.groupby(["data_set", "backbone", "notes"], sort=False):
@@ -528,7 +564,7 @@ def dunn(groups):
     return p
 
 
-def tests_of(replicates, metrics):
+def compute_p_values(replicates, metrics):
     """Table of p values by metric, those of the pairs adjusted after Benjamini and Hochberg."""
     pairs = [f"{a} / {b}" for a, b in combinations(replicates, 2)]
     tests = pd.DataFrame(np.nan, ["Kruskal-Wallis", *pairs], metrics)
@@ -559,18 +595,18 @@ def compare(runs, out):
     rows = []
     for run in runs:
         try:
-            rows.append(row_of(run))
+            rows.append(summarize_run(run))
         except (InputError, OSError, KeyError, ValueError) as error:  # one bad run costs the others nothing
             print(f"left out: {run}: {first_line(error)}", file=sys.stderr)
     if not rows:
         raise InputError("none of these runs can be read")
-    table = pd.DataFrame(sorted(rows, key=lambda row: (row["judged"], badness_of(row))))
+    table = pd.DataFrame(sorted(rows, key=lambda row: (row["judged"], score_epoch(row))))
     metrics = [name for name in COMPARED if name in table]
     out.mkdir(parents=True, exist_ok=True)
     write_table(out / "comparison.csv", table.drop(columns="settings"))
     trained = [name.replace("val_", "train_") for name in metrics]
     columns = ["data_set", "backbone", "parameters_millions", "judged", "best_epoch", *trained, *metrics]
-    columns += ["chance_loss", "seconds", "seed", "fold", "notes"]
+    columns += ["baseline_loss", "seconds", "seed", "fold", "notes"]
     parts = {f"{len(table)} runs. {JUDGED}": table[columns]}
     folds = table["run"][table["fold"] != ""]
     if len(folds):
@@ -580,7 +616,7 @@ def compare(runs, out):
         write_table(out / "out_of_fold.csv", held_out)
         pooled = held_out.groupby("training", sort=False).apply(pooled_metrics)
         parts[f"All folds of a training together. {FOLDS}"] = pooled
-    replicates = replicates_of(table)
+    replicates = group_replicates(table)
     if replicates:
         groups = pd.concat(replicates, names=["replicates of"]).groupby(level=0, sort=False)
         together = groups[metrics].agg(["median", "std"])
@@ -592,7 +628,7 @@ def compare(runs, out):
     for judged_by in table["judged"].unique():
         alike = {name: rows for name, rows in seeds.items() if (rows["judged"] == judged_by).all()}
         if len(alike) > 1:
-            parts[f"p values, {judged_by}. {DUNN}"] = tests_of(alike, metrics)
+            parts[f"p values, {judged_by}. {DUNN}"] = compute_p_values(alike, metrics)
     numbers = "{:.3g}".format
     text = [f"{title}\n\n```\n{part.to_string(float_format=numbers)}\n```" for title, part in parts.items()]
     write_text(out / "comparison.md", "\n\n".join(text))

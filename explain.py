@@ -34,10 +34,10 @@ from torch import nn
 from torchcam.methods import LayerCAM
 from tqdm import tqdm
 
-from deeplcms import SPLITS, Help, InputError, clean_title, count, files_of, first_line, read_table
+from deeplcms import SPLITS, Help, InputError, clean_title, count, list_files, first_line, read_table
 from deeplcms import run_script, write_table
-from evaluate import FEWEST, in_turn, label_axes, read_files, read_split, show, title_of, votes_of
-from train import DEVICE, figure, find_run, inputs_of, load_run
+from evaluate import FEWEST, pick_in_turn, label_axes, read_files, read_split, show, make_title, predict_probabilities
+from train import DEVICE, figure, find_run, make_inputs, load_run
 
 
 # ---------------------------------------------------------------- heat: where a picture's probability comes from
@@ -75,7 +75,7 @@ def choose_layers(model, names=None):
     return [f"backbone.{name}" for name in names or []] or ["taps.0"] * bool(model.maps)
 
 
-def heat_maps(model, layers, recipe, pictures, k):
+def compute_cams(model, layers, recipe, pictures, k):
     """Yield LayerCAM of class k, unnormalised, layers fused, of each picture uint8 (height, width), in its shape."""
     scores = Scores(model).eval()
     targets = [f"model.{name}" for name in layers]
@@ -83,13 +83,13 @@ def heat_maps(model, layers, recipe, pictures, k):
     reshape = (lambda y: to_channels_first(y, model.backbone)) if of_backbone else None
     with LayerCAM(scores, targets, reshape_transform=reshape) as cam:
         for picture in tqdm(pictures, desc="heat", unit="picture", disable=None, leave=False):
-            x = inputs_of(model, recipe, [picture]).to(DEVICE).requires_grad_(True)
+            x = make_inputs(model, recipe, [picture]).to(DEVICE).requires_grad_(True)
             try:
                 heat = cam.fuse_cams(cam(k, scores(x), normalized=False))
             except (AssertionError, AttributeError, RuntimeError) as error:  # the logits do not come from there
                 reason = f"{', '.join(layers)} ({first_line(error)})"
                 raise InputError(f"no heat at {reason}; name others with --layers") from None
-            yield resized(heat.float(), picture.shape)[0].cpu().numpy()
+            yield resize_maps(heat.float(), picture.shape)[0].cpu().numpy()
 
 
 def to_channels_first(y, backbone):
@@ -104,7 +104,7 @@ def to_channels_first(y, backbone):
     return y
 
 
-def resized(maps, shape):
+def resize_maps(maps, shape):
     """Maps (N, h, w) -> (N, *shape)."""
     return nn.functional.interpolate(maps[:, None], shape, mode="bilinear", align_corners=False)[:, 0]
 
@@ -125,7 +125,7 @@ def local_intensity(picture, recipe, drift):
     return local
 
 
-def blocks_of(intensities):
+def column_chunks(intensities):
     """Yield (columns, float32 block) of intensities (N, P), a few million numbers at a time."""
     width = 2**23 // len(intensities)
     for first in range(0, intensities.shape[1], width):
@@ -133,7 +133,7 @@ def blocks_of(intensities):
         yield columns, intensities[:, columns].astype(np.float32)
 
 
-def common_components(intensities, p, most=0.1):
+def find_common_components(intensities, p, most=0.1):
     """Unit vectors (N, 2 or fewer): what whole pictures, intensities (N, P), have in common, but for the class itself.
 
     Batches and drift change whole pictures, and by chance go with the probabilities p (N,) a little. They are the first
@@ -141,7 +141,7 @@ def common_components(intensities, p, most=0.1):
     explains `most` of the variance of p or more is taken for the class itself, and is left out.
     """
     gram = np.zeros((len(p), len(p)))
-    for _, x in blocks_of(intensities):
+    for _, x in column_chunks(intensities):
         x -= x.mean(axis=0)
         gram += x @ x.T
     _, components = eigsh(gram, k=2)
@@ -150,21 +150,21 @@ def common_components(intensities, p, most=0.1):
     return components[:, explained < most]
 
 
-def cleared(x, components):
+def project_out(x, components):
     """x (N,) or (N, P), a row a picture, less its mean and the components (N, 2)."""
     x = x - x.mean(axis=0)
     return x - components @ (components.T @ x)
 
 
-def evidence_of(intensities, p, components):
+def compute_evidence(intensities, p, components):
     """Correlation (P,) of intensities (N, P) with the probabilities p (N,), both cleared; 0 where all is constant.
 
     The true phenotypes take no part. A slope in place of the correlation would favour compounds that vary much.
     """
-    p = cleared(p, components)
+    p = project_out(p, components)
     evidence = np.zeros(intensities.shape[1])
-    for columns, x in blocks_of(intensities):
-        x = cleared(x, components)
+    for columns, x in column_chunks(intensities):
+        x = project_out(x, components)
         lengths = np.linalg.norm(x, axis=0) * np.linalg.norm(p)
         evidence[columns] = p @ x / np.where(lengths > 1e-6, lengths, np.inf)
     return evidence
@@ -178,7 +178,7 @@ COLUMNS = {
 }
 
 
-def column_of(kind, titles):
+def find_column(kind, titles):
     """The first of the usual titles of rt, mz or name that is among these; None where there is none."""
     return next((title for title in COLUMNS[kind] if title in titles), None)
 
@@ -191,9 +191,9 @@ def read_features(path, recipe, query=None):
     """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         lines = [list(map(clean_title, re.split("[,;\t]", line))) for line in file.readlines()[:10]]
-    header = next((i for i, line in enumerate(lines) if column_of("rt", line) and column_of("mz", line)), 0)
+    header = next((i for i, line in enumerate(lines) if find_column("rt", line) and find_column("mz", line)), 0)
     table = read_table(path, header, dtype=None, keep_default_na=True)
-    rt, mz, name = (column_of(kind, table) for kind in COLUMNS)
+    rt, mz, name = (find_column(kind, table) for kind in COLUMNS)
     if not (rt and mz):
         usual = "retention time ('Average Rt(min)', 'rt') and m/z ('Average Mz', 'mz')"
         raise InputError(f"{path}: no columns of {usual}; found: {', '.join(table.columns[:20])}")
@@ -222,7 +222,7 @@ def read_features(path, recipe, query=None):
     return table[inside].reset_index(drop=True)
 
 
-def at_places(maps, table, recipe):
+def look_up(maps, table, recipe):
     """Value (..., F) of maps (..., height * width) at the place of each feature."""
     width, height = recipe.bins
     x, y = recipe.to_fraction(table["rt"], table["mz"])
@@ -231,13 +231,13 @@ def at_places(maps, table, recipe):
     return maps[..., row * width + column]
 
 
-def tests_of_calls(r, n_free):
+def compute_evidence_p(r, n_free):
     """Table of direction, Pearson's p and Benjamini and Hochberg's q of evidence r (F,), n_free degrees of freedom."""
     p = 2 * beta.sf(abs(r), n_free / 2, n_free / 2, loc=-1, scale=2)  # Pearson's r of chance is a beta from -1 to 1
     return pd.DataFrame({"direction": np.where(r > 0, "up", "down"), "p": p, "q": false_discovery_control(p)})
 
 
-def tests_of_phenotypes(intensities, of_class):
+def compare_phenotypes(intensities, of_class):
     """Table of Welch's t of features' intensities (N, F) and its q; of_class (N,): 1, 0, or nan where unknown."""
     groups = intensities[of_class == 1], intensities[of_class == 0]
     if min(map(len, groups)) < 2:
@@ -258,7 +258,7 @@ def rank_features(table, evidence, tests, half_box):
     return ranking
 
 
-def inclusion_list(table, drift):
+def make_inclusion_list(table, drift):
     """The features whose q and t_q are below 0.05, or unknown, as an Orbitrap's mass list; charge 1 is assumed."""
     table = table[~(table[["q", "t_q"]] >= 0.05).any(axis=1)]
     columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"], "z": 1}
@@ -267,7 +267,7 @@ def inclusion_list(table, drift):
 
 
 # ---------------------------------------------------------------- figures
-def cam_grid(path, shown, pictures, maps, recipe, title):
+def draw_cam_grid(path, shown, pictures, maps, recipe, title):
     """Article Figure 6: pictures with their phenotype and probability, map over picture, all maps on one scale."""
     n = math.ceil(len(shown) ** 0.5)
     size = (3.4 * n + 2, 3 * n + 1)
@@ -281,7 +281,7 @@ def cam_grid(path, shown, pictures, maps, recipe, title):
         label_axes(axes)
 
 
-def overlay(path, evidence, meaning, table, recipe, title):
+def draw_overlay(path, evidence, meaning, table, recipe, title):
     """Article Figures 7 and 8: features over the evidence, up or down in the class, the first of the ranking named."""
     with figure(path, title, (11, 6.5)) as axis:
         highest = abs(evidence).max() or 1
@@ -316,28 +316,28 @@ def explain(args):
         raise InputError(f"--class {class_name!r} is not one of {', '.join(classes)}")
     k = classes.index(class_name)
     layers = choose_layers(model, args.layers)
-    title = title_of([checkpoint], f"{config['data_set']}, class '{class_name}'")
+    title = make_title([checkpoint], f"{config['data_set']}, class '{class_name}'")
     print(title)
     data = args.data or config["data"]
     if args.input:
-        table, pictures = read_files(files_of(args.input), recipe)
+        table, pictures = read_files(list_files(args.input), recipe)
     else:
         table, pictures = read_split(checkpoint, data, args.split)
     path, features = Path(args.features or Path(data) / "features.csv"), None
     if args.features or args.query or path.exists():
         features = read_features(path, recipe, args.query)  # before the work: a bad table should not cost two minutes
 
-    [probabilities] = votes_of([model], recipe, pictures)  # (N, K)
+    [probabilities] = predict_probabilities([model], recipe, pictures)  # (N, K)
     out = Path(args.out or run / "explain")
     out.mkdir(parents=True, exist_ok=True)
     if layers:
         table["caption"] = [f"P({class_name}) = {value:.2f}" for value in probabilities[:, k]]
-        shown = in_turn(table, args.n)
+        shown = pick_in_turn(table, args.n)
         of_shown = [pictures[i] for i in shown.index]
         try:
-            maps = list(heat_maps(model, layers, recipe, of_shown, k))
+            maps = list(compute_cams(model, layers, recipe, of_shown, k))
             where = ", ".join(layers).replace("taps.0", f"the map of stride {model.scales[-len(model.maps)][0]}")
-            cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {where}; {title}")
+            draw_cam_grid(out / "cam_grid.png", shown, of_shown, maps, recipe, f"LayerCAM at {where}; {title}")
         except InputError as error:  # the ranking of features needs no heat
             if args.layers or features is None:
                 raise
@@ -352,17 +352,19 @@ def explain(args):
         p = probabilities[:, k]
         measured = np.empty((len(runs), pictures[0].size), np.float16)  # (n, height * width)
         for i, own in enumerate(tqdm(runs.values(), desc="evidence", disable=None, leave=False)):
-            measured[i] = np.mean([local_intensity(pictures[j], recipe, args.drift).ravel() for j in own], axis=0)
+            measured[i] = np.mean(
+                [local_intensity(pictures[j], recipe, args.rt_tolerance).ravel() for j in own], axis=0
+            )
         if len(runs) >= FEWEST and np.ptp(p) > 0:
-            components = common_components(measured, p)
-            evidence = evidence_of(measured, p, components)
+            components = find_common_components(measured, p)
+            evidence = compute_evidence(measured, p, components)
             meaning = f"evidence: red up, blue down in {class_name}"
-            calls = tests_of_calls(at_places(evidence, features, recipe), len(p) - 2 - components.shape[1])
+            calls = compute_evidence_p(look_up(evidence, features, recipe), len(p) - 2 - components.shape[1])
         elif layers:
             print(
                 f"probabilities all alike, or of fewer than {FEWEST} runs: in place of evidence stands their mean heat"
             )
-            evidence = sum(heat_maps(model, layers, recipe, pictures, k)).ravel() / len(pictures)
+            evidence = sum(compute_cams(model, layers, recipe, pictures, k)).ravel() / len(pictures)
             meaning = "mean heat, in place of evidence"
             calls = pd.DataFrame({"direction": "", "p": np.nan, "q": np.nan}, features.index)
         else:
@@ -371,16 +373,16 @@ def explain(args):
             )
         phenotype = pd.Series([phenotype for _, phenotype in runs])
         of_class = (phenotype == class_name).where(phenotype.isin(classes)).to_numpy(float)  # nan where unknown
-        intensities = at_places(measured, features, recipe).astype(float)
-        half_box = [args.drift, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]]
-        tests = calls.join(tests_of_phenotypes(intensities, of_class))
-        ranking = rank_features(features, at_places(evidence, features, recipe), tests, half_box)
+        intensities = look_up(measured, features, recipe).astype(float)
+        half_box = [args.rt_tolerance, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]]
+        tests = calls.join(compare_phenotypes(intensities, of_class))
+        ranking = rank_features(features, look_up(evidence, features, recipe), tests, half_box)
         write_table(out / "features.csv", ranking)
-        write_table(out / "inclusion.csv", inclusion_list(ranking, args.drift))
+        write_table(out / "inclusion.csv", make_inclusion_list(ranking, args.rt_tolerance))
         columns = ["rank", "rt", "mz", "evidence", "direction", "q", "t", "t_q", "in_box", "name"]
         print(ranking[columns].head(10).to_string(index=False, float_format="{:.3g}".format))
         heading = f"Features over the evidence; {title}"
-        overlay(out / "overlay.png", evidence.reshape(pictures[0].shape), meaning, ranking, recipe, heading)
+        draw_overlay(out / "overlay.png", evidence.reshape(pictures[0].shape), meaning, ranking, recipe, heading)
     print(f"{len(table)} pictures explained in {out}")
 
 
@@ -399,10 +401,10 @@ def main():
     add = parser.add_argument_group("features").add_argument
     add("--features", metavar="CSV", help="MS-DIAL export or rt (minutes), mz, name (default: the data's features.csv)")
     add("--query", help="pandas query on the cleaned column names, such as '460 < average_mz < 500'")
-    add("--drift", type=float, default=0.3, metavar="MINUTES", help="of retention: half a box's width")
+    add("--rt-tolerance", type=float, default=0.3, metavar="MINUTES", help="of retention: half a box's width")
     args = parser.parse_args()
-    if not 0 <= args.drift < math.inf:
-        parser.error("--drift is a number of minutes from 0 on")
+    if not 0 <= args.rt_tolerance < math.inf:
+        parser.error("--rt-tolerance is a number of minutes from 0 on")
     explain(args)
 
 

@@ -56,8 +56,17 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from deeplcms import Help, InputError, Recipe, cohort_of, colours, cores, count, digest_of, find_pictures
-from deeplcms import first_difference, first_few, first_line, label_of, metrics_of, read_json, read_picture, run_script
+from deeplcms import Help, InputError, Recipe, summarize_cohort, colours, cores, count, digest_pictures, find_pictures
+from deeplcms import (
+    first_difference,
+    first_few,
+    first_line,
+    make_labels,
+    compute_metrics,
+    read_json,
+    read_picture,
+    run_script,
+)
 from deeplcms import slow_waves, whole_file, write_json, write_table
 
 
@@ -95,9 +104,9 @@ AUGMENTATION = {
 # Which maps a head sees by default, STRIDE:GRID: stride 1 is the picture, a grid of N pools a map to N x N cells. The
 # head of a network sees those of its strides that are listed.
 SCALES = {"pixels": ["1:56"], "network": ["1:56", "8:14", "16:14"]}
-PENALTY, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
+L2, OUT_OF_FOLD = 1e-6, 5  # of a head that is solved: L2, and folds for its validation figures
 STATISTICS_FROM = 200  # training pictures, as they are, that give batch norms of averaged weights mean and variance
-STORED = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
+CACHED_VIEWS = 1000  # draws of all pictures together that --views auto stores, but 1 to 16 of each
 # What --tune tries, every combination of it: flags and their values (of AUGMENTATION --warp alone is one).
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}
 # Flags that change no training. Any other is a setting of it by itself, a new one of a fork, too.
@@ -148,27 +157,27 @@ def to_input(model, recipe, jitter=0):
     return v2.Compose([*steps, v2.Normalize(model.mean, model.std), v2.ToPureTensor()])
 
 
-def inputs_of(model, recipe, pictures):
+def make_inputs(model, recipe, pictures):
     """Pictures [uint8 (H, W)] as the model takes them, float (N, CHANNELS, size, size)."""
     return torch.stack(list(map(to_input(model, recipe), pictures))).contiguous()
 
 
 def training_transform(model, recipe, args):
     """The same for the picture of a run that an instrument, or a camera, could have measured instead."""
-    draw = v2.Lambda(functools.partial(augmented, args=args))
+    draw = v2.Lambda(functools.partial(augment, args=args))
     return v2.Compose([draw, to_input(model, recipe, args.color_jitter)])
 
 
-def augmented(picture, args):
+def augment(picture, args):
     """A random draw of a picture, uint8 (H, W): the same sample on another day, or what --augmentation makes of it.
 
     What is moved or erased is log intensity: uncovered or erased means "nothing measured" in any colormap.
     """
     x = torch.from_numpy(picture)[None] / 255  # (1, H, W) log intensity, 0 ... 1
     if args.warp:
-        x = warped(x, args.warp / 100)
+        x = warp_retention(x, args.warp / 100)
     if args.gain:
-        x = amplified(x, args.gain)
+        x = vary_sensitivity(x, args.gain)
     if args.rotate:
         x = v2.RandomRotation(args.rotate, v2.InterpolationMode.BILINEAR)(x)
     if args.erase:
@@ -176,19 +185,19 @@ def augmented(picture, args):
     return (256 * x[0]).clamp(max=255).byte().numpy()
 
 
-def smooth_wave(n, deviation):
+def draw_wave(n, deviation):
     """Random smooth curve (n,) along an axis, of that standard deviation at each point."""
     waves = slow_waves(np.linspace(0, 1, n)).astype(np.float32)
     return deviation * torch.randn(6) @ torch.from_numpy(waves)
 
 
-def warped(x, deviation):
+def warp_retention(x, deviation):
     """Log intensity (1, H, W) whose retention drifts along its axis, W; deviation: a fraction of it.
 
     Mass does not drift: a thousandth of a unit is nothing at these bins.
     """
     n = x.shape[2]
-    source = torch.arange(n) + n * smooth_wave(n, deviation)  # the column, with fraction, that each column shows
+    source = torch.arange(n) + n * draw_wave(n, deviation)  # the column, with fraction, that each column shows
     source = source.clamp(0, n - 1)
     left = source.long()
     right = (left + 1).clamp(max=n - 1)
@@ -196,9 +205,9 @@ def warped(x, deviation):
     return torch.lerp(columns_left, columns_right, source - left)
 
 
-def amplified(x, deviation):
+def vary_sensitivity(x, deviation):
     """Log intensity (1, H, W) with another sensitivity along m/z, H; deviation: of the logarithm of intensity."""
-    factor = smooth_wave(x.shape[1], deviation).exp()[:, None]
+    factor = draw_wave(x.shape[1], deviation).exp()[:, None]
     intensity = torch.exp2(8 * x) - 1  # 256 ** x
     return (torch.log1p(factor * intensity) / math.log(256)).clamp(max=1)
 
@@ -234,17 +243,19 @@ class Classifier(nn.Module):
         else:
             own = timm.get_pretrained_cfg(backbone) or timm.models.PretrainedCfg()
             self.image_size = image_size or own.input_size[-1]
-            resized = own.fixed_input_size and self.image_size != own.input_size[-1]
-            options = {"img_size": self.image_size} if resized else {}  # the others take any size and no such option
+            resize_maps = own.fixed_input_size and self.image_size != own.input_size[-1]
+            options = (
+                {"img_size": self.image_size} if resize_maps else {}
+            )  # the others take any size and no such option
             options |= {"num_classes": 0, "in_chans": CHANNELS}
             self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
             self.mean, self.std = own.mean[:CHANNELS], own.std[:CHANNELS]
             strides += [stage["reduction"] for stage in self.backbone.feature_info]
-        self.scales = chosen_scales(scales, strides, backbone)
+        self.scales = parse_scales(scales, strides, backbone)
         last_of = {stride: i - 1 for i, stride in enumerate(strides)}  # of several maps of one stride the last
         self.maps = [last_of[stride] for stride, _ in self.scales if stride > 1]
         self.taps = nn.ModuleList(nn.Identity() for _ in self.maps)  # explain.py listens to the maps there
-        blocks = self.sizes_of_blocks(backbone)
+        blocks = self.count_features(backbone)
         self.blocks, self.n_features = blocks, sum(blocks)
         self.standardize = nn.BatchNorm1d(self.n_features, affine=False, momentum=None)
         self.head = nn.Linear(self.n_features, n_outputs)
@@ -264,12 +275,12 @@ class Classifier(nn.Module):
         self.standardize.running_mean.copy_(mean)
         self.standardize.running_var.copy_(variance)
 
-    def sizes_of_blocks(self, backbone):
+    def count_features(self, backbone):
         """Number of features of each scale; InputError for a size that the backbone does not take."""
         blank = torch.zeros(2, CHANNELS, self.image_size, self.image_size)
         try:
             with torch.no_grad():
-                sizes = [block.shape[1] for block in self.eval().blocks_of(blank)]
+                sizes = [block.shape[1] for block in self.eval().pool_maps(blank)]
         except Exception as error:  # each family of timm raises another type
             own = timm.get_pretrained_cfg(backbone)
             own = f"; its own is {own.input_size[-1]}" if own else ""
@@ -281,7 +292,7 @@ class Classifier(nn.Module):
                 raise InputError(f"{backbone}: its map of stride {stride} has not the channels of its feature_info")
         return sizes
 
-    def blocks_of(self, x):
+    def pool_maps(self, x):
         """Inputs (N, CHANNELS, size, size) -> a block (N, C * grid * grid) of pooled features for each scale."""
         maps = [x] if self.scales[0][0] == 1 else []
         if self.maps:
@@ -292,7 +303,7 @@ class Classifier(nn.Module):
 
     def features(self, x):
         """Inputs (N, CHANNELS, size, size) -> pooled features (N, F)."""
-        return torch.cat(self.blocks_of(x), dim=1)
+        return torch.cat(self.pool_maps(x), dim=1)
 
     def head_inputs(self, x):
         """Features (N, F) as the head takes them: standardised, each scale of the same weight, all of length 1.
@@ -308,7 +319,7 @@ class Classifier(nn.Module):
         return self.head(self.head_inputs(x))
 
 
-def chosen_scales(scales, strides, backbone):
+def parse_scales(scales, strides, backbone):
     """[(stride, grid)], strides ascending, of ["STRIDE:GRID"], where a stride may be called last; None: the default.
 
     For a stride of the default that the backbone lacks stands the nearest that it has.
@@ -324,26 +335,26 @@ def chosen_scales(scales, strides, backbone):
     return sorted(chosen.items())
 
 
-def loss_of(logits, labels):
+def compute_loss(logits, labels):
     """Binary cross-entropy for one logit, cross-entropy for one a class."""
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
 
 
-def chance_loss_of(labels, n_outputs):
+def compute_baseline_loss(labels, n_outputs):
     """The lowest loss of logits that are the same for all pictures."""
     labels = torch.tensor(list(labels))
-    _, bias = solved(torch.empty(len(labels), 0, dtype=torch.float64), labels, n_outputs)
-    return loss_of(bias.expand(len(labels), -1), labels).item()
+    _, bias = fit_logistic(torch.empty(len(labels), 0, dtype=torch.float64), labels, n_outputs)
+    return compute_loss(bias.expand(len(labels), -1), labels).item()
 
 
-def badness_of(row):
+def score_epoch(row):
     """How bad is an epoch? What is kept, when to stop, the plateau, tuning and the order of a comparison go by this."""
     return row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf
 
 
-def chance_auc_of(labels):
+def compute_baseline_auc(labels):
     """The ROC AUC that labels dealt out anew exceed in one of twenty cases (Mann and Whitney 1947, rarest class)."""
     counts = np.unique(labels, return_counts=True)[1]
     n = len(labels)
@@ -396,11 +407,11 @@ def load_weights(backbone, path):
         state = {re.sub(r"^(module\.|model\.|backbone\.)+", "", name): tensor for name, tensor in state.items()}
         backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
     except Exception as error:  # of torch, pickle and safetensors; KeyError: no such tensor
-        reason = f"{type(error).__name__}: {why_unfit(error)}"
+        reason = f"{type(error).__name__}: {explain_mismatch(error)}"
         raise InputError(f"--weights {path}: no weights of this --backbone can be read from it ({reason})") from None
 
 
-def why_unfit(error):
+def explain_mismatch(error):
     """Why weights cannot be loaded, in one line; torch begins its message with a line that does not say it."""
     return " ".join(str(error).split()).rpartition("loading state_dict for ")[2][:250]
 
@@ -423,13 +434,13 @@ def load_checkpoint(path):
 
 def find_run(run=None):
     """The run folder named, or the newest one under runs/."""
-    found = [Path(run)] if run else sorted(runs_in("runs"), key=lambda run: os.path.getmtime(run / "best.pt"))
+    found = [Path(run)] if run else sorted(find_runs("runs"), key=lambda run: os.path.getmtime(run / "best.pt"))
     if not found or not (found[-1] / "best.pt").is_file():
         raise InputError(f"{run or 'runs/'}: no best.pt; is it a run of train.py that came to its end?")
     return found[-1]
 
 
-def runs_in(folder):
+def find_runs(folder):
     """Folders of the finished runs in a folder and below it. Symbolic links are followed."""
     return [Path(folder, path).parent for path in sorted(glob("**/best.pt", root_dir=folder, recursive=True))]
 
@@ -439,7 +450,7 @@ def load_run(run):
     checkpoint = load_checkpoint(Path(run) / "best.pt")
     try:
         config, checkpoint["recipe"] = checkpoint["config"], Recipe.from_text(checkpoint["recipe"])
-        checkpoint["profile"] = np.array(checkpoint["profile"])
+        checkpoint["chromatogram"] = np.array(checkpoint["chromatogram"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{run}/best.pt: not a checkpoint of this train.py ({error})") from None
     settings = argparse.Namespace(**config["settings"])
@@ -449,9 +460,9 @@ def load_run(run):
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # timm and torch raise several types
         made = f"made with timm {checkpoint['versions']['timm']}, and this is {version('timm')}"
-        raise InputError(f"{run}/best.pt: its network cannot be built ({made}; {why_unfit(error)})") from None
+        raise InputError(f"{run}/best.pt: its network cannot be built ({made}; {explain_mismatch(error)})") from None
     same_timm = all(checkpoint["versions"][name] == version(name) for name in ("timm", "torch"))
-    if same_timm and settings.architecture != architecture_of(model):
+    if same_timm and settings.architecture != digest_architecture(model):
         raise InputError(f"{run}/best.pt: the layers of {settings.backbone} were others when it was trained")
     model.mean, model.std = config["mean"], config["std"]  # another timm may have others
     return model.to(DEVICE).eval(), checkpoint
@@ -526,7 +537,7 @@ def leaves_one(data, batch_size):
     return len(data) % batch_size == 1 and len(data) > 1
 
 
-def batches_of(loader, epoch, args):
+def draw_batches(loader, epoch, args):
     """The training batches of an epoch: with the same seed the same order and draws, whatever came before."""
     torch.manual_seed(1000 * args.seed + epoch + 10**9 * RANK)  # of draws, each process its own, and of dropout
     loader.sampler.set_epoch(epoch)
@@ -546,7 +557,7 @@ def make_optimizer(model, args, lr):
     return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=args.amp and CUDA)
 
 
-def distributed(model):
+def wrap_distributed(model):
     """The model, or under torchrun one that averages its gradients over the processes."""
     # Some backbones have layers that forward_features does not use.
     return DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
@@ -558,7 +569,7 @@ def train_batch(network, optimizer, scaler, x, y, args):
     optimizer.zero_grad()
     with autocast(args):
         logits = network(x).float()
-    loss = loss_of(logits, y)
+    loss = compute_loss(logits, y)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -581,19 +592,19 @@ def collect(outputs):
     return torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
 
 
-def judged(split, outputs):
+def split_metrics(split, outputs):
     """Loss and metrics of the batches of every process, {"<split>_<name>": value}."""
     logits, labels = collect(outputs)
-    values = {"loss": loss_of(logits, labels).item(), **metrics_of(labels.numpy(), logits)}
+    values = {"loss": compute_loss(logits, labels).item(), **compute_metrics(labels.numpy(), logits)}
     return {f"{split}_{name}": float(value) for name, value in values.items()}
 
 
-def best_of(history):
+def find_kept_epoch(history):
     """The epoch whose weights are kept: the last, or with a lower --patience the one of lowest validation loss."""
     return [row for row in history if row["kept"]][-1]
 
 
-def trained_weights(model):
+def copy_weights(model):
     """A copy of what training changes: everything, or all but a frozen backbone."""
     state = model.state_dict()
     return {n: t.clone() for n, t in state.items() if not (model.frozen and n.startswith("backbone."))}
@@ -614,7 +625,7 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
     elif lr == "auto":
         lr = find_lr(model, loaders, args, run)
     clean = [] if model.frozen else list(loaders["statistics"])
-    network, window = distributed(model), max(3, args.epochs // 10)
+    network, window = wrap_distributed(model), max(3, args.epochs // 10)
 
     def recent_mean(mean, new, n):  # n: epochs before this one
         return mean + (new - mean) / (n + 1).clamp(max=window)
@@ -632,12 +643,12 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Large steps of the first half say little of the end: patience counts from the middle on.
-        if history and epoch - max(best_of(history)["epoch"], args.epochs // 2) > args.patience:
+        if history and epoch - max(find_kept_epoch(history)["epoch"], args.epochs // 2) > args.patience:
             say(f"no better epoch in the last {args.patience}: stopped")
             break
         began = time.time()
         model.train(not model.frozen)  # a frozen backbone keeps its state
-        outputs, batches = [], batches_of(loaders["train"], epoch, args)
+        outputs, batches = [], draw_batches(loaders["train"], epoch, args)
         for x, y in progress(batches, f"epoch {epoch}/{args.epochs}", len(loaders["train"])):
             outputs.append(train_batch(network, optimizer, scaler, x, y, args))
         averaged.update_parameters(model)
@@ -645,19 +656,23 @@ def fit(model, loaders, args, run=None, report=lambda row: None):
             with autocast(args):
                 update_bn(clean, averaged.module, DEVICE)
 
-        row = {"epoch": epoch, **judged("train", outputs), **judged("val", predict(averaged.module, loaders["val"]))}
-        row["kept"] = to_the_end or not history or badness_of(row) < badness_of(best_of(history))
+        row = {
+            "epoch": epoch,
+            **split_metrics("train", outputs),
+            **split_metrics("val", predict(averaged.module, loaders["val"])),
+        }
+        row["kept"] = to_the_end or not history or score_epoch(row) < score_epoch(find_kept_epoch(history))
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise InputError(f"the loss became infinite in epoch {epoch}: try a lower --lr than {lr:.2g}")
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
         if args.scheduler == "plateau":
-            scheduler.step(badness_of(row))
+            scheduler.step(score_epoch(row))
         else:
             scheduler.step()
         best_weights = recorded(row, f"epoch {epoch:3d}/{args.epochs}", history, best_weights, averaged.module, run)
         if run and RANK == 0:
             contents = {name: part.state_dict() for name, part in states.items()}
-            contents |= {"model": trained_weights(model), "averaged": trained_weights(averaged.module)}
+            contents |= {"model": copy_weights(model), "averaged": copy_weights(averaged.module)}
             contents |= {"best_weights": best_weights, "history": history}
             save_checkpoint(run / "last.pt", contents)
         report(row)
@@ -671,7 +686,7 @@ def recorded(row, what, history, best_weights, model, run):
         write_table(run / "epochs.csv", pd.DataFrame(history))
     values = "  ".join(f"{name} {row[name]:.3f}" for name in ("train_loss", "val_loss", *shown_metrics(row)))
     say(f"{what}  {values}  {row['seconds']:.1f} s{'  *' * row['kept']}")
-    return trained_weights(model) if row["kept"] else best_weights
+    return copy_weights(model) if row["kept"] else best_weights
 
 
 def shown_metrics(columns):
@@ -693,28 +708,28 @@ def solve_head(model, table, args, store, run=None, report=lambda row: None):
     model.eval().fit_standardize(clean)
     with torch.no_grad():
         x = torch.cat([model.head_inputs(part.to(DEVICE)).cpu() for part in (*views, clean)])
-    z, to_weights = coordinates(x)
+    z, to_weights = compute_kernel_basis(x)
     n = len(labels)
-    weight, bias = solved(z[:n], labels, model.n_outputs)
+    weight, bias = fit_logistic(z[:n], labels, model.n_outputs)
     train_logits = z[:n] @ weight.T + bias
 
-    fold = fold_of(table, OUT_OF_FOLD, args.seed)
+    fold = assign_folds(table, OUT_OF_FOLD, args.seed)
     fold_of_views, fold_of_clean = torch.tensor(fold).repeat(len(views)), torch.tensor(fold[~table["copy"]])
     val_logits = torch.empty(len(clean), model.n_outputs, dtype=z.dtype)
     for k in progress(range(OUT_OF_FOLD), "out of fold"):
         others = fold_of_views != k
-        fold_weight, fold_bias = solved(z[:n][others], labels[others], model.n_outputs)
+        fold_weight, fold_bias = fit_logistic(z[:n][others], labels[others], model.n_outputs)
         held_out = fold_of_clean == k
         val_logits[held_out] = z[n:][held_out] @ fold_weight.T + fold_bias
     # With weak signal such a head is too sure: its logits shrink towards those of the class shares.
-    _, baseline = solved(z[n:, :0], val_labels, model.n_outputs)
-    share = shrinkage(val_logits, baseline, val_labels)
+    _, baseline = fit_logistic(z[n:, :0], val_labels, model.n_outputs)
+    share = choose_shrinkage(val_logits, baseline, val_labels)
     val_logits, train_logits = (torch.lerp(baseline, logits, share) for logits in (val_logits, train_logits))
     model.head.weight.data.copy_(share * to_weights(weight))
     model.head.bias.data.copy_(torch.lerp(baseline, bias, share))
 
-    row = {"epoch": 1, "kept": True, **judged("train", [(train_logits.float(), labels)])}
-    row |= judged("val", [(val_logits.float(), val_labels)])
+    row = {"epoch": 1, "kept": True, **split_metrics("train", [(train_logits.float(), labels)])}
+    row |= split_metrics("val", [(val_logits.float(), val_labels)])
     row["seconds"] = round(time.time() - began, 2)
     history = []
     best_weights = recorded(row, "solved; validation figures are out of fold:", history, None, model, run)
@@ -722,12 +737,12 @@ def solve_head(model, table, args, store, run=None, report=lambda row: None):
     return history, best_weights
 
 
-def shrinkage(logits, baseline, labels):
+def choose_shrinkage(logits, baseline, labels):
     """The share s, 0.01 to 1, for which s x logits + (1 - s) x baseline has the lowest out-of-fold loss."""
-    return min(np.linspace(0.01, 1, 100), key=lambda s: loss_of(torch.lerp(baseline, logits, s), labels).item())
+    return min(np.linspace(0.01, 1, 100), key=lambda s: compute_loss(torch.lerp(baseline, logits, s), labels).item())
 
 
-def coordinates(x):
+def compute_kernel_basis(x):
     """(z (n, d), function) of pictures x (n, F): coordinates with the same inner products, and weights of them -> of x.
 
     The best weights are a weighted sum of the pictures. Where these are fewer than features, d is their number, and the
@@ -741,7 +756,7 @@ def coordinates(x):
     return z, lambda weight: torch.linalg.solve_triangular(z.T, weight.T, upper=True).T.float() @ x
 
 
-def solved(z, labels, n_outputs):
+def fit_logistic(z, labels, n_outputs):
     """(weight (K, d), bias (K,)) of lowest loss and penalty on pictures z (n, d), by L-BFGS."""
     weight = torch.zeros(n_outputs, z.shape[1], dtype=z.dtype, requires_grad=True)
     bias = torch.zeros(n_outputs, dtype=z.dtype, requires_grad=True)
@@ -749,7 +764,7 @@ def solved(z, labels, n_outputs):
 
     def objective():
         optimizer.zero_grad()
-        loss = loss_of(z @ weight.T + bias, labels) + PENALTY / 2 * weight.square().sum()  # the bias goes free
+        loss = compute_loss(z @ weight.T + bias, labels) + L2 / 2 * weight.square().sum()  # the bias goes free
         loss.backward()
         return loss
 
@@ -766,10 +781,10 @@ def find_lr(model, loaders, args, run=None):
     first 24 steps of the training that follows. `highest` is the highest training loss of their epochs, `loss` that of
     the later half of the steps, but of a head, which learns few pictures by heart, the validation loss after them.
     """
-    loader, n_steps, before = loaders["train"], 24, trained_weights(model)
-    epochs = (batches_of(loader, epoch, args) for epoch in itertools.count(1))
+    loader, n_steps, before = loaders["train"], 24, copy_weights(model)
+    epochs = (draw_batches(loader, epoch, args) for epoch in itertools.count(1))
     batches = list(itertools.islice(itertools.chain.from_iterable(epochs), n_steps))
-    network, rows = distributed(model), []
+    network, rows = wrap_distributed(model), []
     for rate in progress(np.logspace(-5, 0, 21), "learning-rate range test"):
         model.load_state_dict(before, strict=False)
         model.train(not model.frozen)
@@ -777,9 +792,9 @@ def find_lr(model, loaders, args, run=None):
         torch.manual_seed(args.seed)
         outputs = [train_batch(network, optimizer, scaler, x, y, args) for x, y in batches]
         late = predict(model, loaders["val"]) if model.frozen else outputs[n_steps // 2 :]
-        loss = loss_of(*collect(late)).item()
+        loss = compute_loss(*collect(late)).item()
         by_epoch = [outputs[i : i + len(loader)] for i in range(0, n_steps, len(loader))]
-        highest = np.max([loss_of(*collect(of_one)).item() for of_one in by_epoch])
+        highest = np.max([compute_loss(*collect(of_one)).item() for of_one in by_epoch])
         rows.append({"lr": rate, "loss": loss, "highest": highest})
         if not loss < 2 * min(row["loss"] for row in rows):
             break
@@ -815,7 +830,7 @@ def suggest_lr(curve, frozen):
 
 
 # ---------------------------------------------------------------- one training
-def classes_of(pictures, positive=None):
+def find_classes(pictures, positive=None):
     """Sorted phenotypes of find_pictures; class 1 of two is `positive`, or else the last."""
     counts = pd.crosstab(pictures["split"], pictures["phenotype"])
     classes = sorted(counts.columns)
@@ -829,14 +844,14 @@ def classes_of(pictures, positive=None):
     return sorted(classes, key=lambda name: name == positive)
 
 
-def shuffled(table, seed):
+def shuffle_labels(table, seed):
     """Labels dealt out anew, as a control. What belongs together (copies, a group of one label) stays together."""
     owner = table.groupby(["group", "label"]).ngroup().to_numpy()
     labels = table["label"].groupby(owner).first().to_numpy()
     return np.random.default_rng(seed).permutation(labels)[owner]
 
 
-def fold_of(pictures, n_folds, seed):
+def assign_folds(pictures, n_folds, seed):
     """Fold (N,) of each picture: dealt out like cards, label by label; a group and all copies stay together."""
     owners = pictures.drop_duplicates("group").sample(frac=1, random_state=seed)
     owners = owners.sort_values("label", kind="stable")
@@ -844,21 +859,21 @@ def fold_of(pictures, n_folds, seed):
     return pictures["group"].map(fold).to_numpy()
 
 
-def table_of(pictures, args):
+def make_training_table(pictures, args):
     """The pictures of one training, with the labels of --shuffle-labels and the splits of --folds; copies only train.
 
     A fold is held out; the next one is for validation.
     """
     table = pictures.copy()
     if args.shuffle_labels:
-        table["label"] = shuffled(table, args.seed)
+        table["label"] = shuffle_labels(table, args.seed)
     if args.fold is not None:
-        turn = (fold_of(table, args.folds, args.seed) - args.fold) % args.folds
+        turn = (assign_folds(table, args.folds, args.seed) - args.fold) % args.folds
         table["split"] = np.select([turn == 0, turn == 1], ["held out", "val"], "train")
     return table[(table["split"] == "train") | ~table["copy"]]
 
 
-def settings_of(args, model, origin, pictures, recipe):
+def resolve_settings(args, model, origin, pictures, recipe):
     """The settings of a training, whole and final: what its flags mean for this model and these pictures.
 
     config.json keeps them, features are cached by them, and trainings whose settings are equal are the same one. Flags
@@ -866,17 +881,17 @@ def settings_of(args, model, origin, pictures, recipe):
     it can be. origin: where the weights come from.
     """
     settings = with_augmentation(args)
-    settings.pictures, settings.weights = digest_of(pictures, recipe), origin
+    settings.pictures, settings.weights = digest_pictures(pictures, recipe), origin
     settings.finetune = "head" if model.frozen else "all"
     settings.scales = [f"{stride}:{grid}" for stride, grid in model.scales]
-    settings.image_size, settings.architecture = model.image_size, architecture_of(model)
+    settings.image_size, settings.architecture = model.image_size, digest_architecture(model)
     if args.views == "auto":
-        settings.views = min(16, max(1, STORED // len(pictures))) if model.frozen else 0
+        settings.views = min(16, max(1, CACHED_VIEWS // len(pictures))) if model.frozen else 0
     if args.optimizer == "auto":
         settings.optimizer = "lbfgs" if settings.views else "adamax"
     if (settings.views and not model.frozen) or (settings.optimizer == "lbfgs" and not settings.views):
         raise InputError("--views and --optimizer lbfgs are for a frozen backbone: use --finetune head --views auto")
-    n_train = (table_of(pictures, args)["split"] == "train").sum()
+    n_train = (make_training_table(pictures, args)["split"] == "train").sum()
     if args.batch_size == "auto":
         settings.batch_size = 8 if n_train < 1000 else 32
     if args.epochs == "auto":  # 400 steps, as few pictures make few steps an epoch
@@ -894,12 +909,12 @@ def with_augmentation(args):
     return argparse.Namespace(**vars(args) | AUGMENTATION[args.augmentation] | given)
 
 
-def architecture_of(model):
+def digest_architecture(model):
     """A number of the layers of a backbone: a network of one's own may change under its name."""
     return zlib.crc32(repr(model.backbone).encode())
 
 
-def compared(settings):
+def select_compared(settings):
     """{name: value} of the settings that make two trainings the same one, as JSON has them."""
     chosen = {name: value for name, value in vars(settings).items() if name not in NOT_SETTINGS}
     return json.loads(json.dumps(chosen))
@@ -907,7 +922,7 @@ def compared(settings):
 
 def prepare(settings, model, pictures, recipe, store):
     """learn(run, report), which trains the model as its settings say and returns (history, best weights)."""
-    table = table_of(pictures, settings)
+    table = make_training_table(pictures, settings)
     if settings.views:
         of = ["backbone", "weights", "scales", "image_size", "views", *AUGMENTATION[settings.augmentation]]
         same = [getattr(settings, name) for name in of]
@@ -925,7 +940,7 @@ def prepare(settings, model, pictures, recipe, store):
 
 def describe(model, settings, pictures, classes):
     """(facts of a training for config.json and its checkpoint, pictures that the model is fitted to)."""
-    table = table_of(pictures, settings)
+    table = make_training_table(pictures, settings)
     solved = settings.optimizer == "lbfgs"
     fitted = table[table["split"].isin(("train", "val") if solved else ("train",))]
     judged_on = (fitted if solved else table[table["split"] == "val"]).query("not copy")["label"]
@@ -938,8 +953,8 @@ def describe(model, settings, pictures, classes):
         "std": list(model.std),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "chance_loss": chance_loss_of(judged_on, model.n_outputs),
-        "chance_auc": chance_auc_of(judged_on),
+        "baseline_loss": compute_baseline_loss(judged_on, model.n_outputs),
+        "baseline_auc": compute_baseline_auc(judged_on),
         "n_pictures": table["split"].value_counts().to_dict(),
     }
     return facts, fitted
@@ -954,18 +969,18 @@ def run_folder(args):
 def train_once(args, pictures, classes, recipe, store):
     """One training from pictures to checkpoints: what `python train.py` is about. Returns the run folder."""
     model, origin = build_model(args, 1 if len(classes) == 2 else len(classes))
-    settings = settings_of(args, model, origin, pictures, recipe)
+    settings = resolve_settings(args, model, origin, pictures, recipe)
     run = run_folder(settings)
     if (run / "config.json").exists():
         before = read_json(run / "config.json")["settings"]
-        if differing := first_difference(before, compared(settings)):
+        if differing := first_difference(before, select_compared(settings)):
             other = "{} {}, not {}".format(*differing)
             raise InputError(f"{run} is a training with {other}: give another --out or --name")
     if (run / "best.pt").exists():
         say(f"{run} is finished")
         return run
     facts, fitted = describe(model, settings, pictures, classes)
-    config = facts | {"settings": compared(settings)}
+    config = facts | {"settings": select_compared(settings)}
     shown = {name: value for name, value in (config | config["settings"]).items() if value is not None}
     del shown["settings"], shown["mean"], shown["std"]
     say(f"{run}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
@@ -979,20 +994,20 @@ def train_once(args, pictures, classes, recipe, store):
     if RANK > 0:
         return run
 
-    best = best_of(history)
+    best = find_kept_epoch(history)
     model.load_state_dict(best_weights, strict=False)
     if settings.fold is not None:
-        write_held_out(run, model, table_of(pictures, settings), recipe, settings.fold)
-    typical, cohort = cohort_of(originals, recipe)
+        write_held_out(run, model, make_training_table(pictures, settings), recipe, settings.fold)
+    typical, cohort = summarize_cohort(originals, recipe)
     contents = {
         "model": model.state_dict(),
         "epoch": best["epoch"],
         "val_loss": best["val_loss"],
-        "by_chance": best.get("val_roc_auc", 1) < facts["chance_auc"],
+        "by_chance": best.get("val_roc_auc", 1) < facts["baseline_auc"],
         "config": config,
         "fitted": fitted["digest"].tolist(),
         "recipe": recipe.to_text(),
-        "profile": typical.tolist(),
+        "chromatogram": typical.tolist(),
         "cohort": cohort,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
     }
@@ -1005,7 +1020,7 @@ def train_once(args, pictures, classes, recipe, store):
     if n <= n_epochs / 10:
         say(f"warning: epoch {n} is among the first tenth: what came later was no better; try a lower --lr")
     if contents["by_chance"]:
-        say(f"warning: no better than chance: of shuffled labels 1 in 20 has a ROC AUC above {facts['chance_auc']:.3f}")
+        say(f"warning: no better than chance: 1 in 20 shuffled labels has a ROC AUC above {facts['baseline_auc']:.3f}")
     return run
 
 
@@ -1020,7 +1035,7 @@ def write_held_out(run, model, table, recipe, fold):
 
 
 def draw_curves(run, history, title):
-    table, best = pd.DataFrame(history), best_of(history)
+    table, best = pd.DataFrame(history), find_kept_epoch(history)
     with figure(run / "curves.png", title, (10, 4), ncols=2) as (left, right):
         table.plot("epoch", ["train_loss", "val_loss"], ax=left, marker=".", title="Loss")
         table.plot("epoch", shown_metrics(table), ax=right, marker=".", title="Validation")
@@ -1079,11 +1094,11 @@ def tune(args, pictures, classes, recipe, store):
         say(f"trial {trial.number}: {chosen}")
         trial_args = argparse.Namespace(**vars(args) | chosen)
         model, origin = build_model(trial_args, 1 if len(classes) == 2 else len(classes))
-        settings = settings_of(trial_args, model, origin, pictures, recipe)
+        settings = resolve_settings(trial_args, model, origin, pictures, recipe)
         learn = prepare(settings, model, pictures, recipe, store)
 
         def report(row):
-            trial.report(badness_of(row), row["epoch"])
+            trial.report(score_epoch(row), row["epoch"])
             if trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -1092,12 +1107,12 @@ def tune(args, pictures, classes, recipe, store):
         except InputError as error:
             say(f"trial {trial.number} is given up: {error}")
             raise optuna.TrialPruned from None  # a failed trial would not count, and --tune never end
-        return min(map(badness_of, history))
+        return min(map(score_epoch, history))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = run_folder(args).parent / "tune"
     folder.mkdir(parents=True, exist_ok=True)
-    question = compared(args) | SEARCH | {"pictures": digest_of(pictures, recipe)}
+    question = select_compared(args) | SEARCH | {"pictures": digest_pictures(pictures, recipe)}
     storage = args.storage or URL.create("sqlite", database=f"{folder}/study.db").render_as_string()
     name = f"{args.backbone}-{zlib.crc32(json.dumps(question).encode()):08x}"
     options = {"storage": storage, "sampler": EveryCombination(), "load_if_exists": True}
@@ -1215,7 +1230,7 @@ def parse_arguments(argv=None):
     return args
 
 
-def trainings_of(args):
+def expand_trainings(args):
     """[arguments of each training]: one backbone, one seed, one fold each."""
     backbones = expand_backbones(args.backbone, args.params)
     folds = range(args.folds) if args.folds else [None]
@@ -1242,12 +1257,12 @@ def main():
         dist.init_process_group("nccl" if CUDA else "gloo")
         if CUDA:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    trainings = trainings_of(args)
+    trainings = expand_trainings(args)
     if "demo" in args:
         make_demo(args)
     pictures, recipe = find_pictures(trainings[0].data, ("train", "val"))
-    classes = classes_of(pictures, trainings[0].positive)
-    pictures["label"] = label_of(pictures, classes)
+    classes = find_classes(pictures, trainings[0].positive)
+    pictures["label"] = make_labels(pictures, classes)
     groups = pictures.groupby("phenotype")["group"].nunique()
     if args.folds > groups.min():
         few = f"{groups.idxmin()} has {groups.min()} samples or groups, and each fold needs one"

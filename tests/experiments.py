@@ -103,13 +103,13 @@ def judged(run):
     return result
 
 
-def row_of(results, columns):
+def mean_and_range(results, columns):
     """'mean (lowest-highest)' of each column over the cohorts."""
     table = pd.DataFrame(results)[columns]
     return [f"{v.mean():.3f} ({v.min():.3f}-{v.max():.3f})" for _, v in table.items()]
 
 
-def table_of(rows, columns=("accuracy", "ROC AUC")):
+def print_table(rows, columns=("accuracy", "ROC AUC")):
     """Print a Markdown table: a row for each {label: (name of the runs, flags)}, columns for both sizes."""
     print("| | " + " | ".join(f"{size}: {column}" for size in SIZES for column in columns) + " |")
     print("| --- " * (1 + len(SIZES) * len(columns)) + "|")
@@ -117,7 +117,7 @@ def table_of(rows, columns=("accuracy", "ROC AUC")):
         cells = []
         for data in SIZES.values():
             results = [judged(run_of(f"{data}{seed}", name, flags)) for seed in SEEDS]
-            cells += row_of(results, list(columns))
+            cells += mean_and_range(results, list(columns))
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 
@@ -137,12 +137,12 @@ def main():
         kept = epochs["epoch"][epochs["kept"]].max()
         cells = " | ".join(f"{results[-1][column]:.3f}" for column in columns)
         print(f"| {seed} | {threads} | {cells} | {kept} | {epochs['seconds'].sum():.0f} |", flush=True)
-    print(f"| mean | | {' | '.join(row_of(results, columns))} | | |")
+    print(f"| mean | | {' | '.join(mean_and_range(results, columns))} | | |")
 
 
 def transfer():
     """What ImageNet's weights, early maps, and training the whole network bring beside the picture itself."""
-    table_of({label: (name_of(label), flags) for label, flags in (MODELS | RANDOM).items()})
+    print_table({label: (name_of(label), flags) for label, flags in (MODELS | RANDOM).items()})
     print("| | 40 runs: accuracy | ROC AUC | 280 runs: accuracy | ROC AUC |\n" + "| --- " * 5 + "|")
     cells = []
     for size in SIZES.values():  # pixels and the whole network vote
@@ -152,7 +152,7 @@ def transfer():
             out = Path("runs", f"votes-{size}{seed}")
             call(evaluate.main, *members, "--ensemble", "--out", out)
             results.append(judged(out))
-        cells += row_of(results, ["accuracy", "ROC AUC"])
+        cells += mean_and_range(results, ["accuracy", "ROC AUC"])
     print(f"| votes: pixels and all trained | {' | '.join(cells)} |")
     wins()
 
@@ -193,23 +193,23 @@ def normalize():
         for size in SIZES.values():
             prefix = "" if label.startswith("quantile") else f"{label}-"
             results = [judged(run_of(f"{prefix}{size}{seed}", "pixels", MODELS["pixels"])) for seed in SEEDS]
-            cells += row_of(results, ["accuracy", "ROC AUC"])
+            cells += mean_and_range(results, ["accuracy", "ROC AUC"])
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 
 def augmentation():
     flags = MODELS["pixels"]
-    table_of({name: (f"pixels-{name}".replace(" ", "_"), [*flags, "--augmentation", name]) for name in PRESETS})
+    print_table({name: (f"pixels-{name}".replace(" ", "_"), [*flags, "--augmentation", name]) for name in PRESETS})
 
 
 def views():
-    table_of({f"{k} draws of each": (f"pixels-views{k}", [*MODELS["pixels"], "--views", k]) for k in (1, 4, 8, 16)})
+    print_table({f"{k} draws of each": (f"pixels-views{k}", [*MODELS["pixels"], "--views", k]) for k in (1, 4, 8, 16)})
 
 
 def rates():
     rows = {f"all trained, {lr}": (f"whole-lr{lr}", [*LITE, *SMALL[:4], "--lr", lr]) for lr in (0.003, 0.03, "auto")}
     rows["all trained, 0.01"] = name_of("all trained"), MODELS["all trained"]
-    table_of(rows, ["accuracy", "validation loss", "highest training loss / ln 2"])
+    print_table(rows, ["accuracy", "validation loss", "highest training loss / ln 2"])
 
 
 def votes():
@@ -225,11 +225,11 @@ def votes():
             folder = Path("runs", name, "pixels")
             call(evaluate.main, *folder.glob("seed*"), "--out", folder / "votes", *(["--ensemble"] if more else []))
             results.append(judged(folder / "votes"))
-        print(f"| pixels, {label} | {' | '.join(row_of(results, ['accuracy', 'ROC AUC']))} |", flush=True)
+        print(f"| pixels, {label} | {' | '.join(mean_and_range(results, ['accuracy', 'ROC AUC']))} |", flush=True)
 
 
 def shuffled():
-    table_of({m: (name_of(f"{m}-shuffled"), [*flags, "--shuffle-labels"]) for m, flags in MODELS.items()})
+    print_table({m: (name_of(f"{m}-shuffled"), [*flags, "--shuffle-labels"]) for m, flags in MODELS.items()})
 
 
 # ---------------------------------------------------------------- how evidence ranks
@@ -268,25 +268,25 @@ def ranked(run, data, drift=0.3, most=0.1):
     planted, up = np.array(features["ontology"] == "planted"), np.array(features["fold_change"] > 1)
     exposed, test = np.array(table["phenotype"] == "exposed"), np.array(table["split"] == "test")
 
-    p = evaluate.votes_of([model], recipe, pictures)[0][:, 1]
+    p = evaluate.predict_probabilities([model], recipe, pictures)[0][:, 1]
     measured = np.array([explain.local_intensity(picture, recipe, drift).ravel() for picture in pictures])
 
-    def evidence_of(rows):
+    def compute_evidence(rows):
         """Evidence at the features (F,), from some of the pictures, and what was taken out of them."""
-        components = explain.common_components(measured[rows], p[rows], most=most)
-        evidence = explain.evidence_of(measured[rows], p[rows], components)
-        return explain.at_places(evidence, features, recipe), components
+        components = explain.find_common_components(measured[rows], p[rows], most=most)
+        evidence = explain.compute_evidence(measured[rows], p[rows], components)
+        return explain.look_up(evidence, features, recipe), components
 
-    r, components = evidence_of(np.full(len(p), True))
-    r_test, _ = evidence_of(test)
-    at_features = explain.at_places(measured, features, recipe)  # (N, F)
-    found = explain.tests_of_calls(r, len(p) - 2 - components.shape[1])["q"] < 0.05
+    r, components = compute_evidence(np.full(len(p), True))
+    r_test, _ = compute_evidence(test)
+    at_features = explain.look_up(measured, features, recipe)  # (N, F)
+    found = explain.compute_evidence_p(r, len(p) - 2 - components.shape[1])["q"] < 0.05
     t = ttest_ind(at_features[exposed], at_features[~exposed], equal_var=False).statistic
     aucs = {"evidence": r, "of test pictures": r_test, "t-test of phenotypes": t}
     layers = explain.choose_layers(model)
     if layers:
-        heat = sum(explain.heat_maps(model, layers, recipe, [pictures[i] for i in np.flatnonzero(exposed)], 1))
-        aucs["LayerCAM"] = explain.at_places(heat.ravel(), features, recipe)
+        heat = sum(explain.compute_cams(model, layers, recipe, [pictures[i] for i in np.flatnonzero(exposed)], 1))
+        aucs["LayerCAM"] = explain.look_up(heat.ravel(), features, recipe)
 
     order = np.argsort(-abs(r))
     hits = found & planted
@@ -349,8 +349,8 @@ def seen_through(model, recipe, pictures, maps, k):
 
     Where the map is 0 the picture fades to zero intensity. The control is the same map moved by half of both axes.
     """
-    zero = train.inputs_of(model, recipe, [np.zeros_like(pictures[0])])
-    x = train.inputs_of(model, recipe, pictures)
+    zero = train.make_inputs(model, recipe, [np.zeros_like(pictures[0])])
+    x = train.make_inputs(model, recipe, pictures)
     maps = torch.from_numpy(np.stack(maps)).float()
     maps = maps - maps.amin((1, 2), keepdim=True)
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)  # 0 ... 1
@@ -358,11 +358,11 @@ def seen_through(model, recipe, pictures, maps, k):
 
     def probability(x):
         [(logits, _)] = train.predict(model, [(x, None)])
-        return deeplcms.probabilities_of(logits)[:, k]
+        return deeplcms.to_probabilities(logits)[:, k]
 
     whole, drops = probability(x), {}
     for name, mask in (("map", maps), ("moved map", moved)):
-        seen = zero + (x - zero) * explain.resized(mask, x.shape[2:])[:, None]
+        seen = zero + (x - zero) * explain.resize_maps(mask, x.shape[2:])[:, None]
         drops[name] = np.maximum(0, whole - probability(seen)) / whole
     return {name: drop.mean() for name, drop in drops.items()}
 
@@ -374,7 +374,7 @@ def faithful():
         recipe = checkpoint["recipe"]
         table, pictures = explain.read_split(checkpoint, f"cohort{seed}", "val")
         pictures = [pictures[i] for i in np.flatnonzero(table["phenotype"] == "exposed")]
-        maps = list(explain.heat_maps(model, explain.choose_layers(model), recipe, pictures, 1))
+        maps = list(explain.compute_cams(model, explain.choose_layers(model), recipe, pictures, 1))
         drops = seen_through(model, recipe, pictures, maps, 1)
         print(f"| {seed} | {drops['map']:.3f} | {drops['moved map']:.3f} |", flush=True)
 
@@ -415,7 +415,7 @@ def confounded():
 
 def drift():
     """Runs of the test split, their scans moved by a constant, predicted as new files: warned of, and right."""
-    print("| Cohort | Of | Minutes later | Warned of | Median of rt_drift | Accuracy |\n" + "| --- " * 6 + "|")
+    print("| Cohort | Of | Minutes later | Warned of | Median of rt_shift | Accuracy |\n" + "| --- " * 6 + "|")
     for seed in SEEDS:
         data = demo_of(seed)
         for model, flags in {"pixels": MODELS["pixels"], "network": NETWORK}.items():
@@ -423,13 +423,13 @@ def drift():
             for minutes in (0, -0.4, 0.4, 0.6):
 
                 def write_moved(path, minutes=minutes, data=data):
-                    _, scans = deeplcms.read_run(data / "raw" / path.name)
+                    _, scans = deeplcms.read_raw(data / "raw" / path.name)
                     moved = [(60 * (rt + minutes), *peaks) for rt, *peaks in scans if rt + minutes >= 0]
                     demo.write_mzml(path, moved)
 
                 table, right = predict_changed(run, data, f"moved{minutes}", write_moved)
-                warned = table["warning"].str.contains("rt_drift").sum()
-                cells = f"{warned} of {len(table)} | {table['rt_drift'].median():.2f} | {right.mean():.3f}"
+                warned = table["warning"].str.contains("rt_shift").sum()
+                cells = f"{warned} of {len(table)} | {table['rt_shift'].median():.2f} | {right.mean():.3f}"
                 print(f"| {data} | {model} | {minutes} | {cells} |", flush=True)
 
 
@@ -445,7 +445,7 @@ def predict_changed(run, data, name, write):
     call(evaluate.main, run, "--predict", folder, "--out", out)
     table = pd.read_csv(out, keep_default_na=False)
     truth = test[[Path(file).stem for file in table["file"]]]
-    return table, table["called"].to_numpy() == truth.to_numpy()
+    return table, table["predicted"].to_numpy() == truth.to_numpy()
 
 
 CHANGES = {
@@ -491,7 +491,7 @@ def level():
 
 def scales_of(path, recipe):
     """What a run is divided by: the 90th percentile of the bins that hold anything (before), and the quantile (now)."""
-    counts, _ = deeplcms.histogram_of_run(path, recipe)
+    counts, _ = deeplcms.make_histogram(path, recipe)
     wide = gaussian_filter(counts, np.divide(recipe.bins, 125))
     return np.array([np.quantile(counts[counts > 0], 0.9), np.quantile(wide, 0.85)])
 
@@ -531,7 +531,7 @@ def weak():
         table = pd.read_csv(run / "predictions.csv")
         p, labels = table["probability_exposed"].to_numpy(), (table["phenotype"] == "exposed").to_numpy(int)
         loss = -np.log(np.where(labels, p, 1 - p)).mean()
-        values = [result["accuracy"], np.maximum(p, 1 - p).mean(), loss, train.chance_loss_of(labels, 1)]
+        values = [result["accuracy"], np.maximum(p, 1 - p).mean(), loss, train.compute_baseline_loss(labels, 1)]
         values += [result["Brier score"], result["ROC AUC"]]
         cells = " | ".join(f"{value:.3f}" for value in values)
         print(f"| {seed} | {labels.sum()} of {len(labels)} | {cells} |", flush=True)
@@ -549,7 +549,7 @@ def shuffled_folds():
             for i in range(8):
                 folds = Path("runs", name, MODELS[model][1]).glob(f"seed{2643 + i}-shuffled-fold*")
                 held_out = pd.concat([evaluate.read_held_out(fold) for fold in folds])
-                rows.append(deeplcms.metrics_of(held_out["label"].to_numpy(), held_out[["logit_0"]].to_numpy()))
+                rows.append(deeplcms.compute_metrics(held_out["label"].to_numpy(), held_out[["logit_0"]].to_numpy()))
         table = pd.DataFrame(rows)[["accuracy", "roc_auc"]]
         cells = [f"{v.mean():.3f}, {v.sem():.3f}" for _, v in table.items()]
         print(f"| {model}, {len(table)} x 5 folds | {' | '.join(cells)} |", flush=True)

@@ -31,9 +31,9 @@ def save(figure, path):
 
 def draw_steps(run, box, path):
     """One scan, all scans, their histogram, the picture."""
-    scans, recipe = list(deeplcms.read_run(run)[1]), deeplcms.Recipe(*box)
+    scans, recipe = list(deeplcms.read_raw(run)[1]), deeplcms.Recipe(*box)
     rt, mz, intensity = max(scans, key=lambda scan: scan[2].sum())
-    counts, _ = deeplcms.histogram_of_run(run, recipe)
+    counts, _ = deeplcms.make_histogram(run, recipe)
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.6), layout="constrained")
 
     axes[0].vlines(mz, 0, intensity, linewidth=0.8)
@@ -48,7 +48,7 @@ def draw_steps(run, box, path):
     axes[2].imshow(np.log10(counts.T[::-1] + 1), extent=box, aspect="auto", cmap="viridis")
     axes[2].set_title(f"3. Intensity summed in {recipe.bins[0]} x {recipe.bins[1]} bins")
 
-    picture = deeplcms.picture_of_counts(counts, recipe)
+    picture = deeplcms.render_histogram(counts, recipe)
     axes[3].imshow(deeplcms.colours(picture, recipe.colormap), extent=box, aspect="auto")
     axes[3].set_title("4. The picture: filtered, divided by a\nquantile of the run's own, logarithm, jet")
     for axis in axes[1:]:
@@ -59,7 +59,7 @@ def draw_steps(run, box, path):
 def draw_augmentation(run, box, path):
     """One picture, and three draws of it by each augmentation."""
     recipe, shown = deeplcms.Recipe(*box), {"physical": "what an instrument does", "article": "what a camera does"}
-    picture, _ = deeplcms.picture_of_run(run, recipe)
+    picture, _ = deeplcms.make_picture(run, recipe)
     figure, axes = plt.subplots(2, 4, figsize=(14, 7), sharex=True, sharey=True, layout="constrained")
     model = train.Classifier("pixels", 1, image_size=500)
     for line, (name, what) in zip(axes, shown.items(), strict=True):
@@ -80,7 +80,7 @@ def main():
     if len(sys.argv) not in (2, 3):
         raise deeplcms.InputError("needs RUN.mzML, and a folder if you like")
     run, folder = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else ROOT / ".github/figures")
-    statistics = convert.statistics_of_run(run, 0)
+    statistics = convert.read_statistics(run, 0)
     box = [statistics[side] for side in ("rt_first", "rt_last", "mz_low", "mz_high")]
     draw_steps(run, box, folder / "run_to_picture.png")
     draw_augmentation(run, box, folder / "augmentation.png")

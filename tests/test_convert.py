@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin
 
 import convert
 import deeplcms
-from deeplcms import InputError, Recipe, drift_of, metrics_of, profile_of
+from deeplcms import InputError, Recipe, measure_rt_shift, compute_metrics, compute_chromatogram
 
 FAST = ["--rt-range", 0, 2, "--mz-range", 100, 300, "--bins", 32]  # given axes: each file is read once
 
@@ -39,7 +39,7 @@ def write_cohort(folder, names):
     return folder / "raw", folder / "samples.csv"
 
 
-def files_of(folder):
+def list_files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -52,7 +52,7 @@ def assert_histogram_is_numpys(path, recipe):
     mz, intensity = (np.concatenate([s.get_peaks()[k] for s in scans]) for k in (0, 1))
     limits = [(recipe.rt_min, recipe.rt_max), (recipe.mz_min, recipe.mz_max)]
     expected = np.histogram2d(rt, mz, recipe.bins, limits, weights=intensity.astype(np.float64))[0]
-    counts, statistics = deeplcms.histogram_of_run(path, recipe)
+    counts, statistics = deeplcms.make_histogram(path, recipe)
     np.testing.assert_allclose(counts, expected, rtol=1e-6)
     total = intensity.sum(dtype=np.float64)
     assert statistics["total_intensity"] == pytest.approx(total, rel=1e-9) and statistics["n_peaks"] == len(mz)
@@ -81,14 +81,14 @@ def test_sums_of_a_scan_are_numpys_histogram(n, tmp_path):
     mz = np.sort(np.append(rng.uniform(90, 310, n), edges[: n // 10]))
     intensity = rng.integers(1, 1000, len(mz)).astype(np.float32)
     write_mzml(tmp_path / "run.mzML", [(0.0, mz[:0], intensity[:0]), (60.0, mz, intensity)])
-    counts, statistics = deeplcms.histogram_of_run(tmp_path / "run.mzML", Recipe(0, 2, 100, 300, bins=(2, 32)))
+    counts, statistics = deeplcms.make_histogram(tmp_path / "run.mzML", Recipe(0, 2, 100, 300, bins=(2, 32)))
     assert (counts == [np.zeros(32), np.histogram(mz, edges, weights=intensity)[0]]).all()
     assert statistics["n_scans"] == 2 and statistics["n_peaks"] == len(mz)
 
 
 def test_histogram_is_numpys_on_real_runs(real_runs, odd_files):
     for path in (real_runs / "ko15.mzML", odd_files / "lcms.mzML.gz"):
-        statistics = convert.statistics_of_run(path, 0)
+        statistics = convert.read_statistics(path, 0)
         axes = [statistics[side] for side in ("rt_first", "rt_last", "mz_low", "mz_high")]
         assert_histogram_is_numpys(path, Recipe(*axes))
 
@@ -106,10 +106,10 @@ def test_every_format_and_time_unit_gives_the_same_run(tmp_path):
     pyopenms.MzXMLFile().store(str(tmp_path / "run.mzXML"), experiment)
     (tmp_path / "run.mzML.gz").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "run.mzXML.bz2").write_bytes(bz2.compress((tmp_path / "run.mzXML").read_bytes()))
-    expected = convert.statistics_of_run(path, 0)
+    expected = convert.read_statistics(path, 0)
     assert expected.pop("polarity") == "" and expected["rt_last"] == 4.0
     for name in ("minutes.mzML", "run.mzXML", "run.mzML.gz", "run.mzXML.bz2"):
-        statistics = convert.statistics_of_run(tmp_path / name, 0)
+        statistics = convert.read_statistics(tmp_path / name, 0)
         assert statistics.pop("polarity") == "" and statistics == pytest.approx(expected, rel=1e-5), name
 
 
@@ -125,9 +125,9 @@ def test_ms2_is_left_out_and_time_order_and_empty_scans_do_not_matter(tmp_path):
         mixed.addSpectrum(spectrum)
     pyopenms.MzMLFile().store(str(tmp_path / "mixed.mzML"), mixed)
     pyopenms.MzXMLFile().store(str(tmp_path / "mixed.mzXML"), mixed)
-    plain, _ = deeplcms.histogram_of_run(tmp_path / "plain.mzML", Recipe(0, 1, 100, 300))
+    plain, _ = deeplcms.make_histogram(tmp_path / "plain.mzML", Recipe(0, 1, 100, 300))
     for name in ("mixed.mzML", "mixed.mzXML"):
-        counts, statistics = deeplcms.histogram_of_run(tmp_path / name, Recipe(0, 1, 100, 300))
+        counts, statistics = deeplcms.make_histogram(tmp_path / name, Recipe(0, 1, 100, 300))
         assert statistics["n_peaks"] == 6 * 200
         assert counts.sum() == pytest.approx(plain.sum(), rel=1e-6)
 
@@ -153,7 +153,7 @@ def test_when_a_run_was_started_is_kept_where_its_file_says_so(tmp_path):
 def test_peak_at_437_min_and_mz_462175_lights_the_pixel_at_that_place(tmp_path):
     recipe = Recipe(0, 10, 100, 900, bins=(200, 320))
     write_mzml(tmp_path / "m3g.mzML", [(PEAK[0] * 60, np.array([PEAK[1]]), np.array([1e6]))])
-    picture, _ = deeplcms.picture_of_run(tmp_path / "m3g.mzML", recipe)
+    picture, _ = deeplcms.make_picture(tmp_path / "m3g.mzML", recipe)
     assert picture.shape == (320, 200)
     lit = picture > 0
     y, x = np.argwhere(lit).mean(axis=0)
@@ -167,39 +167,39 @@ def test_a_png_holds_the_picture_and_shows_its_colours_in_jet(tmp_path):
     write_mzml(tmp_path / "run.mzML", random_scans(3))
     recipe = Recipe(0, 2, 100, 300, bins=(24, 32), normalize="rt")
     convert.write_pictures(tmp_path / "run.mzML", [(tmp_path / "run.png", (0, 0))], recipe)
-    picture, statistics = deeplcms.picture_of_run(tmp_path / "run.mzML", recipe)
+    picture, statistics = deeplcms.make_picture(tmp_path / "run.mzML", recipe)
     assert (deeplcms.read_picture(tmp_path / "run.png") == picture).all() and picture.max() == 255
     jet = matplotlib.colormaps["jet"](picture, bytes=True)[..., :3]
     with Image.open(tmp_path / "run.png") as image:
         assert (np.array(image.convert("RGB")) == jet).all() and (deeplcms.colours(picture, "jet") == jet).all()
     text, in_png = deeplcms.read_header(tmp_path / "run.png")
     assert in_png == recipe and text.items() >= {name: str(value) for name, value in statistics.items()}.items()
-    assert np.array(text["profile"].split(), float) == pytest.approx(profile_of(picture), abs=1e-4)
+    assert np.array(text["chromatogram"].split(), float) == pytest.approx(compute_chromatogram(picture), abs=1e-4)
 
 
 def test_normalisation_and_filter():
     counts = np.zeros((4, 4))
     counts[1, 1], counts[2, 2] = 10, 1000  # two times, the second a hundredfold
     plain = Recipe(0, 1, 0, 1, bins=(4, 4), sigma=0.0, normalize="rt")
-    rt = deeplcms.picture_of_counts(counts, plain)
-    both = deeplcms.picture_of_counts(counts, replace(plain, normalize="global"))
+    rt = deeplcms.render_histogram(counts, plain)
+    both = deeplcms.render_histogram(counts, replace(plain, normalize="global"))
     assert rt[2, 1] == rt[1, 2] == 255 and (rt > 0).sum() == 2  # m/z points up: bin 1 of 4 is row 2 from the top
     assert both[1, 2] == 255 and both[2, 1] == pytest.approx(256 * np.log1p(2.55) / np.log(256), abs=1)
-    assert (deeplcms.picture_of_counts(counts, replace(plain, sigma=1.0)) > 0).all()
+    assert (deeplcms.render_histogram(counts, replace(plain, sigma=1.0)) > 0).all()
 
 
 def test_a_compound_keeps_its_level_whatever_elutes_with_it():
     counts = np.full((200, 200), 0.5)
     counts[40, 80] = 30
     plain = Recipe(0, 1, 0, 1, bins=(200, 200), sigma=0.0)
-    before = deeplcms.picture_of_counts(counts, plain)
-    assert np.array_equal(before, deeplcms.picture_of_counts(1024 * counts, plain))  # more of the same sample
+    before = deeplcms.render_histogram(counts, plain)
+    assert np.array_equal(before, deeplcms.render_histogram(1024 * counts, plain))  # more of the same sample
     assert before[119, 40] == int(256 * np.log1p(30 / 0.5) / np.log(256))  # most of the picture is at 0.5
     counts[40, 160] = 400  # a strong neighbour elutes with it
-    after = deeplcms.picture_of_counts(counts, plain)
+    after = deeplcms.render_histogram(counts, plain)
     assert after[39, 40] == 255 and (after != before).sum() == 1
     by_time = replace(plain, normalize="rt")
-    assert deeplcms.picture_of_counts(counts, by_time)[119, 40] < 160  # there it was 255 and is dimmed
+    assert deeplcms.render_histogram(counts, by_time)[119, 40] < 160  # there it was 255 and is dimmed
 
 
 @pytest.mark.parametrize(("bins", "sigma"), [(64, 0.0), (256, 2.0), (500, 2.0)])
@@ -210,7 +210,7 @@ def test_a_level_does_not_follow_noise_threshold_or_scan_rate(bins, sigma, tmp_p
     def picture(**method):
         scans = simulate_run(np.random.default_rng(1), compounds, lines, True, batches[0], **method)
         write_mzml(tmp_path / "run.mzML", scans)
-        return deeplcms.picture_of_run(tmp_path / "run.mzML", recipe)[0].astype(int)
+        return deeplcms.make_picture(tmp_path / "run.mzML", recipe)[0].astype(int)
 
     before = picture()
     bright = before > np.quantile(before, 0.97)  # compounds
@@ -221,7 +221,7 @@ def test_a_level_does_not_follow_noise_threshold_or_scan_rate(bins, sigma, tmp_p
 def test_a_nearly_empty_run_and_one_without_a_filter_become_pictures():
     counts = np.zeros((100, 100))
     counts[20, 30], counts[60, 70] = 1, 100
-    picture = deeplcms.picture_of_counts(counts, Recipe(0, 1, 0, 1, bins=(100, 100), sigma=0.0))
+    picture = deeplcms.render_histogram(counts, Recipe(0, 1, 0, 1, bins=(100, 100), sigma=0.0))
     assert picture[29, 60] == 255 and picture[69, 20] == int(256 * np.log1p(2.55) / np.log(256))
     assert (picture > 0).sum() == 2
 
@@ -237,10 +237,10 @@ def test_pictures_of_a_scale_that_is_no_longer_made_are_refused_in_one_line(tmp_
 def test_min_intensity_drops_weaker_peaks(tmp_path):
     write_mzml(tmp_path / "run.mzML", [(60.0, np.array([150.0, 250.0]), np.array([99.0, 100.0]))])
     recipe = Recipe(0, 2, 100, 300, (1, 2), min_intensity=100)
-    counts, statistics = deeplcms.histogram_of_run(tmp_path / "run.mzML", recipe)
+    counts, statistics = deeplcms.make_histogram(tmp_path / "run.mzML", recipe)
     assert counts.tolist() == [[0, 100]] and statistics["n_peaks"] == 1
     with pytest.raises(InputError, match="no MS1 peaks of intensity 101"):
-        convert.statistics_of_run(tmp_path / "run.mzML", 101)
+        convert.read_statistics(tmp_path / "run.mzML", 101)
 
 
 def test_every_setting_of_a_recipe_survives_text_and_tells_two_pictures_apart():
@@ -258,7 +258,7 @@ def test_every_setting_of_a_recipe_survives_text_and_tells_two_pictures_apart():
 @pytest.mark.parametrize(("rt", "mz"), [(3, 0), (-3, 0), (0, 4), (0, -4), (2, 3), (-2, -3)])
 def test_shifted_copy_moves_right_and_up_and_never_wraps(rt, mz):
     picture = np.arange(1, 121, dtype=np.uint8).reshape(10, 12)
-    copy = convert.shifted(picture, rt, mz)
+    copy = convert.shift_picture(picture, rt, mz)
     for y in range(10):
         for x in range(12):
             inside = 0 <= y + mz < 10 and 0 <= x - rt < 12
@@ -278,31 +278,33 @@ def test_shifts_are_reproducible_and_differ_between_pictures_and_within_one():
 @pytest.mark.parametrize("bins", [-10, -3, 0, 1, 10])
 def test_drift_is_the_shift_of_a_picture_either_way(bins):
     picture, recipe = np.random.default_rng(0).integers(0, 256, (32, 100), np.uint8), Recipe(5, 10, 100, 900, (100, 32))
-    later = convert.shifted(picture, bins, 0)
-    assert drift_of(profile_of(later), profile_of(picture), recipe) == pytest.approx(bins * 0.05)  # minutes
-    assert drift_of(np.zeros(100), profile_of(picture), recipe) == 0
+    later = convert.shift_picture(picture, bins, 0)
+    assert measure_rt_shift(compute_chromatogram(later), compute_chromatogram(picture), recipe) == pytest.approx(
+        bins * 0.05
+    )  # minutes
+    assert measure_rt_shift(np.zeros(100), compute_chromatogram(picture), recipe) == 0
 
 
 def test_only_what_lies_far_from_the_training_cohort_is_warned_of():
     rng = np.random.default_rng(0)
     cohort = {"total_intensity": list(1e8 * rng.lognormal(0, 0.1, 50)), "outside": [0.0] * 50, "rt_first": [0.1] * 50}
     cohort |= {"rt_last": [10.0] * 50, "mz_low": [100.0] * 50, "mz_high": [900.0] * 50}
-    cohort |= {"rt_drift": [0.0] * 40 + [0.1] * 9 + [5.0], "scan_kinds": [1.0] * 50, "polarity": ["+"] * 49 + [""]}
+    cohort |= {"rt_shift": [0.0] * 40 + [0.1] * 9 + [5.0], "scan_kinds": [1.0] * 50, "polarity": ["+"] * 49 + [""]}
     cohort |= {"n_peaks": [1e5] * 50, "n_scans": [600] * 50, "rt_gap": [0.02] * 50}
     recipe = Recipe(0, 10, 100, 900, bins=(250, 250))
     usual = {"total_intensity": 1e8, "outside": 0.01, "rt_first": 0.2, "rt_last": 9.9}
-    usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_drift": 0.17, "scan_kinds": 1, "polarity": "+"}
+    usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_shift": 0.17, "scan_kinds": 1, "polarity": "+"}
     usual |= {"n_peaks": 2e5, "n_scans": 500, "rt_gap": 0.5}
     for statistics in (usual, usual | {"total_intensity": 2e8}, usual | {"polarity": ""}):
-        assert deeplcms.warnings_of(statistics, cohort, recipe) == ""
+        assert deeplcms.find_anomalies(statistics, cohort, recipe) == ""
     far = {"total_intensity": (1e7, 1e9, 0.0), "outside": (0.2,), "rt_first": (2.0,), "rt_last": (6.0,)}
-    far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_drift": (0.2, -0.1), "scan_kinds": (2,)}
+    far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_shift": (0.2, -0.1), "scan_kinds": (2,)}
     far |= {"n_peaks": (1e6, 1e4), "n_scans": (300, 1200), "rt_gap": (3.0,)}
-    other = deeplcms.warnings_of(usual | {"polarity": "-", "rt_first": 2.0}, cohort, recipe)
+    other = deeplcms.find_anomalies(usual | {"polarity": "-", "rt_first": 2.0}, cohort, recipe)
     assert other.startswith("rt_first is 2 ") and other.endswith("; polarity is -, unlike the training runs")
     for name, values in far.items():
         for value in values:
-            assert deeplcms.warnings_of(usual | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
+            assert deeplcms.find_anomalies(usual | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
 
 
 # ---------------------------------------------------------------- metrics
@@ -311,14 +313,14 @@ def test_only_what_lies_far_from_the_training_cohort_is_warned_of():
 def test_the_articles_confusion_counts_give_the_articles_metrics():
     labels = np.repeat([1, 0, 1, 0], [20, 7, 2, 1])  # TP, TN, FN, FP
     logits = np.repeat([2.0, -2.0, -2.0, 2.0], [20, 7, 2, 1])[:, None]
-    metrics = metrics_of(labels, logits)
+    metrics = compute_metrics(labels, logits)
     rounded = {name: round(float(metrics[name]), 3) for name in ("accuracy", "precision", "recall", "f1")}
     assert rounded == {"accuracy": 0.9, "precision": 0.952, "recall": 0.909, "f1": 0.930}
-    assert deeplcms.confusion_of(labels, (logits[:, 0] > 0).astype(int), 2).tolist() == [[7, 1], [2, 20]]
+    assert deeplcms.count_confusions(labels, (logits[:, 0] > 0).astype(int), 2).tolist() == [[7, 1], [2, 20]]
 
 
 def test_what_is_undefined_is_nan_and_not_zero():
-    metrics = metrics_of(np.array([0, 0]), np.array([[-2.0], [-1.0]]))
+    metrics = compute_metrics(np.array([0, 0]), np.array([[-2.0], [-1.0]]))
     assert np.isnan([metrics["recall"], metrics["precision"], metrics["roc_auc"]]).all() and metrics["accuracy"] == 1
 
 
@@ -329,7 +331,7 @@ def test_auc_counts_ties_half():
 
 def test_three_classes_are_averaged():
     labels, called = np.array([0, 0, 0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 1, 1, 2, 2, 2])
-    metrics = metrics_of(labels, np.eye(3)[called])
+    metrics = compute_metrics(labels, np.eye(3)[called])
     assert metrics["recall"] == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)
     assert metrics["precision"] == pytest.approx((1 + 1 / 2 + 2 / 3) / 3)
 
@@ -445,7 +447,7 @@ def window(low, high):
 
 
 def statistics_of(path, **settings):
-    return deeplcms.histogram_of_run(path, Recipe(0, 10, 0, 1000, (10, 10), **settings))[1]
+    return deeplcms.make_histogram(path, Recipe(0, 10, 0, 1000, (10, 10), **settings))[1]
 
 
 def test_positive_and_negative_scans_never_share_a_picture(tmp_path):
@@ -479,7 +481,7 @@ def test_the_polarity_asked_for_is_in_every_picture_and_the_one_found_in_the_tab
         assert run(*command, cwd=tmp_path) == (0, "")
         table, recipe = deeplcms.find_pictures(tmp_path / "negative")
         assert recipe.only_polarity == "negative" and set(table["polarity"]) == {"-"} and set(table["n_scans"]) == {"4"}
-    assert deeplcms.cohort_of(table, recipe)[1]["polarity"] == ["-"] * 6
+    assert deeplcms.summarize_cohort(table, recipe)[1]["polarity"] == ["-"] * 6
     assert "with only_polarity negative, not " in run(*command[:-2], cwd=tmp_path)[1]
 
 
@@ -698,7 +700,7 @@ def test_odd_files_end_in_a_picture_or_a_reason(odd_files):
     assert {"lcms.mzML.gz", "small.mzML.bz2", "small.mzXML", "invalid.mzML"} < {path.name for path in paths}
     for path in paths:
         try:
-            picture, statistics = deeplcms.picture_of_run(path, Recipe(0, 80, 0, 1000, (50, 50)))
+            picture, statistics = deeplcms.make_picture(path, Recipe(0, 80, 0, 1000, (50, 50)))
             assert path.name not in reasons and picture.any() and statistics["n_peaks"] > 0
         except InputError as error:
             assert str(error).startswith(f"{path.name}: {reasons[path.name]}")
@@ -712,7 +714,7 @@ def test_shared_axes_hold_every_run_and_workers_do_not_change_a_byte(tmp_path):
     for workers in (1, 2):
         done = run("convert.py", *flags[:2], f"w{workers}", *flags[2:], "--workers", workers, cwd=tmp_path)
         assert done == (0, "")
-    assert files_of(tmp_path / "w1") == files_of(tmp_path / "w2")
+    assert list_files(tmp_path / "w1") == list_files(tmp_path / "w2")
     pictures, recipe = deeplcms.find_pictures(tmp_path / "w1")
     assert recipe == Recipe(0.0, 10.0, 50.0, 700.0, (20, 30)) and len(pictures) == 10 + pictures["copy"].sum()
     assert pictures["copy"].sum() == 2 * ((pictures["split"] == "train") & ~pictures["copy"]).sum()
@@ -773,7 +775,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_leaves_no_orphans(tmp_path)
     assert f"{len(before)} of 24 runs are already converted" in resumed.stdout and resumed.returncode == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert run("convert.py", raw, samples, "whole", *flags, cwd=tmp_path) == (0, "")
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert list_files(tmp_path / "killed") == list_files(tmp_path / "whole")
 
     def refusal(*more):
         status, line = run("convert.py", raw, samples, "whole", *more, cwd=tmp_path)
@@ -793,7 +795,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_leaves_no_orphans(tmp_path)
         (Image.Image.copy, {"mz_max": "900.5"}, "another kind of picture .*mz_max is 900.[05], not 900.[05]"),
         (lambda image: image.resize((32, 32)), {}, "make it again"),
         (lambda image: image.convert("RGB"), {}, "make it again"),  # as convert.py once made them
-        (Image.Image.copy, {"profile": None}, "make it again"),
+        (Image.Image.copy, {"chromatogram": None}, "make it again"),
     ],
 )
 def test_pictures_of_another_kind_in_a_data_set_are_refused(two, tmp_path, change, texts, message):
@@ -846,7 +848,7 @@ def test_batches_drift_smoothly_and_apart_and_hold_both_phenotypes(demo):
 def test_demo_files_are_the_same_from_any_number_of_workers(tmp_path):
     for folder, seed, workers in (("one", 7, 1), ("two", 7, 2), ("other", 8, 2)):
         write_demo(tmp_path / folder, 4, seed, workers)
-    one, two, other = (files_of(tmp_path / folder) for folder in ("one", "two", "other"))
+    one, two, other = (list_files(tmp_path / folder) for folder in ("one", "two", "other"))
     assert one == two and len(one) == 6 and not set(one.values()) & set(other.values())
 
 
@@ -869,15 +871,15 @@ def small_data(folder, *flags):
 
 def test_a_data_set_is_its_pictures_whatever_its_path_and_the_system(tmp_path, monkeypatch):
     data = small_data(tmp_path)
-    digest = deeplcms.digest_of(*deeplcms.find_pictures(data))
+    digest = deeplcms.digest_pictures(*deeplcms.find_pictures(data))
     other = Path(shutil.copytree(data, tmp_path / "elsewhere"))
     monkeypatch.setattr(os, "linesep", "\r\n")
-    assert deeplcms.digest_of(*deeplcms.find_pictures(other)) == digest
+    assert deeplcms.digest_pictures(*deeplcms.find_pictures(other)) == digest
     (tmp_path / "raw/003.mzML").unlink()
     write_mzml(tmp_path / "raw/003.mzML", random_scans(99))  # exported again under its name
     again = call("convert.py", tmp_path / "raw", tmp_path / "samples.csv", data, *FAST, "--test", 0.2, cwd=tmp_path)
     assert again.returncode == 0 and "19 of 20 runs are already converted" in again.stdout
-    assert deeplcms.digest_of(*deeplcms.find_pictures(data)) != digest
+    assert deeplcms.digest_pictures(*deeplcms.find_pictures(data)) != digest
 
 
 @pytest.mark.parametrize(
@@ -904,7 +906,7 @@ def test_a_spreadsheet_with_decimal_commas_costs_nothing(tmp_path):
     table = (data / "samples.csv").read_text().replace(",", ";").replace(".", ",")
     (data / "samples.csv").write_text(table)
     after, _ = deeplcms.find_pictures(data)
-    assert deeplcms.cohort_of(after, recipe)[1] == deeplcms.cohort_of(before, recipe)[1]
+    assert deeplcms.summarize_cohort(after, recipe)[1] == deeplcms.summarize_cohort(before, recipe)[1]
 
 
 def test_runs_unlike_the_others_are_named(tmp_path):

@@ -29,23 +29,23 @@ def article():
 
 def test_intervals_are_wilsons_or_of_resampled_groups_and_of_fewer_than_ten_there_are_none():
     labels, logits = article()
-    table = evaluate.judge(labels, logits, np.arange(30))
+    table = evaluate.compute_intervals(labels, logits, np.arange(30))
     assert table["value"].round(3)[["accuracy", "precision", "recall", "f1"]].tolist() == [0.9, 0.952, 0.909, 0.93]
     assert table["value"]["specificity"] == 7 / 8
     assert table[["low", "high"]].isna().all(axis=None)  # of eight negatives nothing can be said
     labels, logits, alone = np.repeat(labels, 2), np.repeat(logits, 2, axis=0), np.arange(60)
-    table = evaluate.judge(labels, logits, alone)
+    table = evaluate.compute_intervals(labels, logits, alone)
     # Wilson's intervals: 54 of 60, 40 of 44, 14 of 16 (Wilson 1927)
     expected = {"accuracy": (0.79853, 0.95336), "recall": (0.78837, 0.96411), "specificity": (0.63981, 0.96502)}
     for name, interval in expected.items():
         assert table.loc[name, ["low", "high"]].tolist() == pytest.approx(list(interval), abs=1e-4)
-    assert table.equals(evaluate.judge(labels, logits, alone))
+    assert table.equals(evaluate.compute_intervals(labels, logits, alone))
     # Five pictures of each person are drawn together, and tell as much as one.
     of_pictures = table.loc["balanced_accuracy", "high"] - table.loc["balanced_accuracy", "low"]
     many = np.repeat(labels, 5), np.repeat(logits, 5, axis=0)
-    of_persons = evaluate.judge(*many, np.repeat(alone, 5)).loc["balanced_accuracy"]
+    of_persons = evaluate.compute_intervals(*many, np.repeat(alone, 5)).loc["balanced_accuracy"]
     assert of_persons["high"] - of_persons["low"] == pytest.approx(of_pictures, rel=0.1)
-    perfect = evaluate.judge(labels, np.where(labels, 9.0, -9.0)[:, None], alone)
+    perfect = evaluate.compute_intervals(labels, np.where(labels, 9.0, -9.0)[:, None], alone)
     assert perfect.loc["recall", "low"] == pytest.approx(44 / (44 + 1.95996**2)) and perfect["high"]["recall"] == 1
     # All resamples of a perfect answer are perfect: they cannot say how certain it is.
     assert perfect["value"]["roc_auc"] == 1 and perfect.loc[["roc_auc", "f1"], ["low", "high"]].isna().all(axis=None)
@@ -57,11 +57,11 @@ def test_people_in_both_classes_are_drawn_whole_and_have_an_interval():
     own, error = rng.normal(size=(30, 1)), 0.1 * rng.normal(size=(30, 2))
     logits = (own + [-0.5, 0.5] + error).reshape(-1, 1)  # before, after, before, ...
     labels, person = np.tile([0, 1], 30), np.repeat(np.arange(30), 2)
-    whole = evaluate.judge(labels, logits, person).loc["roc_auc"]
-    strangers = evaluate.judge(labels, logits, np.arange(60)).loc["roc_auc"]
+    whole = evaluate.compute_intervals(labels, logits, person).loc["roc_auc"]
+    strangers = evaluate.compute_intervals(labels, logits, np.arange(60)).loc["roc_auc"]
     assert whole["low"] < whole["value"] < whole["high"]
     assert whole["high"] - whole["low"] < 0.7 * (strangers["high"] - strangers["low"])
-    nine = evaluate.judge(labels[:18], logits[:18], person[:18])
+    nine = evaluate.compute_intervals(labels[:18], logits[:18], person[:18])
     assert nine[["low", "high"]].isna().all(axis=None)
 
 
@@ -84,10 +84,10 @@ def test_what_tells_the_classes_apart_alone_is_flagged_and_what_does_not_is_not(
         note=[f"remark {i}" for i in range(40)],
         constant="1",
     )
-    table, left_out = evaluate.confounders_of(pictures)
+    table, left_out = evaluate.find_confounders(pictures)
     assert set(table.index) == {"total_intensity", "start_time", "batch", "column"}
     assert left_out == {"note": "40 names in 40 runs"}
-    assert evaluate.flagged(table) == ["start_time", "batch"]
+    assert evaluate.flag_confounders(table) == ["start_time", "batch"]
     assert table["auc"].round(2)[["start_time", "batch", "column"]].tolist() == [0.98, 1, 0.5]
 
 
@@ -105,12 +105,12 @@ def test_what_tells_the_classes_apart_in_no_order_is_flagged():
         plate=[f"plate {k}" for k in plate],
         operator=np.where(case, "x", rng.choice(["y", ""], 60)),  # "": unknown
     )
-    table, _ = evaluate.confounders_of(pictures)
-    assert set(evaluate.flagged(table)) == {"batch", "number", "day", "injection_order", "plate", "operator"}
+    table, _ = evaluate.find_confounders(pictures)
+    assert set(evaluate.flag_confounders(table)) == {"batch", "number", "day", "injection_order", "plate", "operator"}
     assert (table["auc"].drop("injection_order") == 1).all() and table["auc"]["injection_order"] > 0.9
     # Of three phenotypes the one that is told apart best counts.
-    three, _ = evaluate.confounders_of(pictures.assign(phenotype=np.where(case, "case", np.tile(["a", "b"], 30))))
-    assert three["auc"]["batch"] == 1 and "batch" in evaluate.flagged(three)
+    three, _ = evaluate.find_confounders(pictures.assign(phenotype=np.where(case, "case", np.tile(["a", "b"], 30))))
+    assert three["auc"]["batch"] == 1 and "batch" in evaluate.flag_confounders(three)
 
 
 def test_columns_as_spreadsheets_write_them_are_read():
@@ -123,8 +123,8 @@ def test_columns_as_spreadsheets_write_them_are_read():
         plate=["1", "2"] * 10 + ["3a", "3b"] * 10,
         dose=[str(i) for i in range(39)] + ["none"],
     )
-    table, left_out = evaluate.confounders_of(pictures)
-    assert set(evaluate.flagged(table)) == {"day", "us_day", "weight", "plate", "dose"}
+    table, left_out = evaluate.find_confounders(pictures)
+    assert set(evaluate.flag_confounders(table)) == {"day", "us_day", "weight", "plate", "dose"}
     assert left_out == {"dose": "1 values that are no numbers"}
 
 
@@ -133,10 +133,10 @@ def test_names_of_single_people_and_repeated_injections_explain_nothing():
     person = np.repeat(np.arange(24), 5)
     person_of, site = [f"p{k}" for k in person], rng.permutation(np.repeat(["a", "b", "c"], 8))
     pictures = known(np.where(person % 2, "case", "control"), person=person_of, site=site[person])
-    together, left_out = evaluate.confounders_of(pictures.assign(group=person_of))
+    together, left_out = evaluate.find_confounders(pictures.assign(group=person_of))
     assert list(together.index) == ["site"]  # each person has a name, which is no batch
     assert left_out == {"person": "24 names in 24 runs"}
-    alone, _ = evaluate.confounders_of(pictures.drop_duplicates("person"))
+    alone, _ = evaluate.find_confounders(pictures.drop_duplicates("person"))
     pd.testing.assert_frame_equal(together, alone)  # five injections of a person tell as much as one
 
 
@@ -148,7 +148,9 @@ def test_of_null_cohorts_hardly_any_is_warned_of(n):
         phenotype = rng.permutation(["case"] * (n // 2) + ["control"] * (n - n // 2))
         numbers = {f"number{i}": rng.normal(size=n) for i in range(4)}
         names = {f"names{k}": rng.integers(0, k, n).astype(str) + "x" for k in (2, 4, 12)}
-        cohorts.append(bool(evaluate.flagged(evaluate.confounders_of(known(phenotype, **numbers, **names))[0])))
+        cohorts.append(
+            bool(evaluate.flag_confounders(evaluate.find_confounders(known(phenotype, **numbers, **names))[0]))
+        )
     assert np.mean(cohorts) < 0.06
 
 
@@ -171,8 +173,8 @@ def test_the_area_under_the_drawn_roc_curve_is_the_auc_ties_included():
     rng = np.random.default_rng(0)
     labels, score = rng.integers(0, 2, 60), rng.integers(1, 9, 60) / 9
     probabilities = np.stack([1 - score, score], axis=1)
-    confusion = evaluate.confusion_of(labels, (score >= 0.5).astype(int), 2)
-    auc = evaluate.judge(labels, np.log(probabilities), np.arange(60)).loc["roc_auc"]
+    confusion = evaluate.count_confusions(labels, (score >= 0.5).astype(int), 2)
+    auc = evaluate.compute_intervals(labels, np.log(probabilities), np.arange(60)).loc["roc_auc"]
     both, cases = Figure().subplots(ncols=2)
     evaluate.draw_roc(both, labels, probabilities, confusion, auc, ["no", "yes"])
     lines = {line.get_label(): line.get_xydata() for line in both.lines}
@@ -197,7 +199,7 @@ def test_calibration_counts_every_picture_once():
 # ---------------------------------------------------------------- one run
 
 
-def judged(folder):
+def split_metrics(folder):
     return json.loads((folder / "metrics.json").read_text()), pd.read_csv(folder / "predictions.csv")
 
 
@@ -206,10 +208,10 @@ def test_a_run_on_its_test_split(two, capsys):
     assert run("evaluate.py", folder, cwd=data.parent) == (0, "")
     printed = capsys.readouterr().out
     assert "no network" in printed and "user is called where its probability is 0.5 or more" in printed
-    result, table = judged(folder)
+    result, table = split_metrics(folder)
     assert set(table["sample_name"]) == {f"{name}{k}" for name in ("user", "non-user") for k in range(32, 37)}
     right = ((table["probability_user"] >= 0.5) == (table["phenotype"] == "user")).sum()
-    assert right == (table["right"] == "yes").sum() == result["tp"] + result["tn"] >= 9
+    assert right == (table["correct"] == "yes").sum() == result["tp"] + result["tn"] >= 9
     assert result["metrics"]["accuracy"]["value"] == right / 10
     for name in ("test", "prediction_matrix"):
         with Image.open(folder / f"{name}.png") as image:
@@ -220,7 +222,7 @@ def test_a_run_whose_validation_pictures_chose_its_epoch_alone_may_be_judged_on_
     assert run("evaluate.py", trained, cwd=trained) == (0, "")
     before = (trained / "metrics.json").read_bytes()
     assert run("evaluate.py", trained, "--split", "val", cwd=trained) == (0, "")
-    assert judged(trained / "val")[0]["split"] == "val" and (trained / "metrics.json").read_bytes() == before
+    assert split_metrics(trained / "val")[0]["split"] == "val" and (trained / "metrics.json").read_bytes() == before
 
 
 def test_training_pictures_are_refused_under_any_name_and_other_data_have_a_folder_of_their_own(two, three, tmp_path):
@@ -258,9 +260,9 @@ def test_what_else_could_explain_it_is_sought_in_all_splits_that_there_are(two, 
     batch = {}
     for splits in ("all", "test alone"):
         assert run("evaluate.py", folder, "--data", other, "--out", "out", cwd=tmp_path) == (0, "")
-        result = judged(tmp_path / "out")[0]
+        result = split_metrics(tmp_path / "out")[0]
         batch[splits] = "batch" in result["flagged"]
-        assert "rt_drift" in result["confounders"] and "age" in result["confounders"]
+        assert "rt_shift" in result["confounders"] and "age" in result["confounders"]
         for split in ("train", "val"):
             shutil.rmtree(other / split, ignore_errors=True)
     assert batch == {"all": True, "test alone": False}
@@ -269,7 +271,7 @@ def test_what_else_could_explain_it_is_sought_in_all_splits_that_there_are(two, 
 
 def test_three_phenotypes_from_pictures_to_figures(three, capsys):
     assert run("evaluate.py", three[1], cwd=three[0].parent) == (0, "")
-    result, table = judged(three[1])
+    result, table = split_metrics(three[1])
     assert "the most probable class is called" in capsys.readouterr().out and len(table) == 15
     assert np.sum(result["confusion"]) == 15 and np.trace(result["confusion"]) >= 10
 
@@ -284,7 +286,7 @@ def test_what_must_be_said_is_in_every_title_and_one_figure_has_three_panels(two
     for text in [capsys.readouterr().out, *(title for title, _ in figures.values())]:
         assert "random initialisation" in text and "trained on shuffled labels" in text
     panels = [ax.get_xlabel() for ax in figures["test.png"][1]]
-    assert panels == ["called", "false positive rate", "predicted probability of user"]
+    assert panels == ["predicted", "false positive rate", "predicted probability of user"]
 
 
 def test_what_is_true_of_a_picture_is_what_its_folder_says(two, tmp_path):
@@ -295,7 +297,7 @@ def test_what_is_true_of_a_picture_is_what_its_folder_says(two, tmp_path):
     counts = []
     for flags in ([], ["--data", other]):
         assert run("evaluate.py", folder, "--out", "out", *flags, cwd=tmp_path) == (0, "")
-        result = judged(tmp_path / "out")[0]
+        result = split_metrics(tmp_path / "out")[0]
         counts.append([result[name] for name in ("tp", "fn", "fp", "tn")])
     tp, fn, fp, tn = counts[0]
     assert counts[1] == [fp, tn, tp, fn]
@@ -342,8 +344,8 @@ def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, c
     members = []
     for k in range(3):
         assert run("evaluate.py", folds / f"seed2643-fold{k}", "--out", f"{k}", cwd=tmp_path) == (0, "")
-        members.append(judged(tmp_path / f"{k}")[1])
-        assert "spread" not in members[k]
+        members.append(split_metrics(tmp_path / f"{k}")[1])
+        assert "probability_std" not in members[k]
     each = np.array([member["probability_user"] for member in members])  # (member, picture)
     assert each.std(0).max() > 0.01
     capsys.readouterr()
@@ -351,12 +353,12 @@ def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, c
     printed = capsys.readouterr().out
     assert "ensemble of 3; pixels on data, test split, 10 pictures; no network\n" in printed
     assert all(f"{folds}/seed2643-fold{k}, epoch" in printed for k in range(3))
-    result, table = judged(folds / "ensemble")
+    result, table = split_metrics(folds / "ensemble")
     assert table["sample_name"].equals(members[0]["sample_name"])
     assert table["probability_user"].to_numpy() == pytest.approx(each.mean(0), abs=1e-12)
-    assert table["spread"].to_numpy() == pytest.approx(each.std(0), abs=1e-12)
+    assert table["probability_std"].to_numpy() == pytest.approx(each.std(0), abs=1e-12)
     user = table["phenotype"] == "user"
-    assert ((table["called"] == "user") == (each.mean(0) >= 0.45)).all()
+    assert ((table["predicted"] == "user") == (each.mean(0) >= 0.45)).all()
     assert result["metrics"]["brier"]["value"] == pytest.approx(((each.mean(0) - user) ** 2).mean())
     assert result["tp"] == (each.mean(0)[user] >= 0.45).sum() and result["threshold"] == 0.45
     for name in ("test", "prediction_matrix"):
@@ -365,11 +367,11 @@ def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, c
 
 def test_of_more_classes_the_spread_is_that_of_the_class_called():
     votes = np.array([[[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]], [[0.1, 0.4, 0.5], [0.4, 0.3, 0.3]]])
-    table = evaluate.calls_of(votes, ["a", "b", "c"], None)
-    assert table["called"].tolist() == ["c", "a"]
+    table = evaluate.tabulate_predictions(votes, ["a", "b", "c"], None)
+    assert table["predicted"].tolist() == ["c", "a"]
     assert table[["probability_a", "probability_b", "probability_c"]].to_numpy() == pytest.approx(votes.mean(0))
-    assert table["spread"].tolist() == pytest.approx([0.1, 0.05])
-    assert "spread" not in evaluate.calls_of(votes[:1], ["a", "b", "c"], None)
+    assert table["probability_std"].tolist() == pytest.approx([0.1, 0.05])
+    assert "probability_std" not in evaluate.tabulate_predictions(votes[:1], ["a", "b", "c"], None)
 
 
 def test_a_fold_among_the_members_keeps_train_and_val_from_being_judged(two, folds, tmp_path):
@@ -378,7 +380,9 @@ def test_a_fold_among_the_members_keeps_train_and_val_from_being_judged(two, fol
         status, line = run("evaluate.py", *members, *flags, cwd=tmp_path)
         assert status == 1 and "the run was fitted to" in line and not (tmp_path / "out").exists()
     assert run("evaluate.py", *members, cwd=tmp_path) == (0, "")
-    assert judged(tmp_path / "out")[0]["title"].startswith("ensemble of 2; pixels on data, test split, 10 pictures")
+    assert split_metrics(tmp_path / "out")[0]["title"].startswith(
+        "ensemble of 2; pixels on data, test split, 10 pictures"
+    )
 
 
 def altered(source, folder, change):
@@ -407,27 +411,27 @@ def test_only_runs_of_one_data_set_its_axes_and_classes_vote(two, tmp_path):
 def test_what_must_be_said_of_one_member_is_said_of_the_ensemble(two, tmp_path, capsys):
     shuffled = altered(two[1], tmp_path / "x", lambda c: c["config"]["settings"].update(shuffle_labels=True))
     assert run("evaluate.py", two[1], shuffled, "--ensemble", "--out", "out", cwd=tmp_path) == (0, "")
-    title = judged(tmp_path / "out")[0]["title"]
+    title = split_metrics(tmp_path / "out")[0]["title"]
     assert title.startswith("ensemble of 2; pixels on data")
     assert title.endswith("no network; trained on shuffled labels")
 
 
 def test_several_runs_predict_the_mean_and_read_each_file_once(two, folds, tmp_path, monkeypatch):
     files = [two[0].parent / f"raw/{name}.mzML" for name in ("user33", "non-user34")]
-    read, picture_of_run = [], evaluate.picture_of_run
+    read, make_picture = [], evaluate.make_picture
     for k in (0, 1):
         fold = folds / f"seed2643-fold{k}"
         assert run("evaluate.py", fold, "--predict", *files, "--out", f"{k}.csv", cwd=tmp_path) == (0, "")
-    monkeypatch.setattr(evaluate, "picture_of_run", lambda *a: read.append(a[0]) or picture_of_run(*a))
+    monkeypatch.setattr(evaluate, "make_picture", lambda *a: read.append(a[0]) or make_picture(*a))
     members = [folds / "seed2643-fold0", folds / "seed2643-fold1"]
     assert run("evaluate.py", *members, "--predict", *files, "--out", "both.csv", cwd=tmp_path) == (0, "")
     assert read == files
     first, second, both = (pd.read_csv(tmp_path / f"{name}.csv") for name in (0, 1, "both"))
-    assert list(first) == ["file", "called", "probability_non-user", "probability_user", "rt_drift", "warning"]
-    assert list(both) == [*list(first)[:4], "spread", "rt_drift", "warning"]
+    assert list(first) == ["file", "predicted", "probability_non-user", "probability_user", "rt_shift", "warning"]
+    assert list(both) == [*list(first)[:4], "probability_std", "rt_shift", "warning"]
     each = np.array([first["probability_user"], second["probability_user"]])
     assert both["probability_user"].to_numpy() == pytest.approx(each.mean(0), abs=1e-12)
-    assert both["spread"].to_numpy() == pytest.approx(abs(each[0] - each[1]) / 2, abs=1e-12)
+    assert both["probability_std"].to_numpy() == pytest.approx(abs(each[0] - each[1]) / 2, abs=1e-12)
     assert both["file"].tolist() == list(map(str, files))
 
 
@@ -437,7 +441,7 @@ def test_several_runs_predict_the_mean_and_read_each_file_once(two, folds, tmp_p
 def test_a_raw_run_gives_what_its_picture_gives_and_a_bad_one_costs_no_other(two, tmp_path):
     data, folder = two
     assert run("evaluate.py", folder, "--out", "out", cwd=tmp_path) == (0, "")
-    expected = judged(tmp_path / "out")[1].set_index("sample_name")
+    expected = split_metrics(tmp_path / "out")[1].set_index("sample_name")
     (tmp_path / "empty.mzML").touch()
     short = [(t, np.array([101.0, 499.0]), np.array([0.3, 0.2])) for t in np.linspace(100, 300, 10)]
     write_mzml(tmp_path / "short.mzML", short)
@@ -452,7 +456,7 @@ def test_a_raw_run_gives_what_its_picture_gives_and_a_bad_one_costs_no_other(two
     assert set(table.index) == {*expected.index, "short"}
     for name in expected.index:
         assert table["probability_user"][name] == pytest.approx(expected["probability_user"][name], abs=1e-6)
-        assert table["called"][name] == expected["called"][name] and table["warning"][name] == ""
+        assert table["predicted"][name] == expected["predicted"][name] and table["warning"][name] == ""
     assert "total_intensity" in table["warning"]["short"] and "rt_last is 5 (training" in table["warning"]["short"]
     pictures = sorted(data.glob("test/*/*.png"))
     assert run("evaluate.py", folder, "--predict", *pictures, "--out", "png.csv", cwd=tmp_path) == (0, "")
@@ -470,14 +474,14 @@ def test_a_run_that_came_later_inside_the_same_window_is_warned_of(demo, trained
     files = []
     for picture in sorted(demo.glob("test/*/*.png")):
         path = demo / "raw" / f"{picture.stem}.mzML"
-        _, scans = deeplcms.read_run(path)
+        _, scans = deeplcms.read_raw(path)
         files += [path, tmp_path / path.name]
         write_mzml(files[-1], [(60 * (rt + 0.8), *rest) for rt, *rest in scans])
     assert run("evaluate.py", trained, "--predict", *files, "--out", "new.csv", cwd=tmp_path) == (0, "")
     table = pd.read_csv(tmp_path / "new.csv", keep_default_na=False)
     now, later = table.iloc[::2], table.iloc[1::2]
-    assert (later["rt_drift"].to_numpy() - now["rt_drift"].to_numpy()) == pytest.approx(0.8, abs=0.2)
-    assert later["warning"].str.contains("rt_drift").all() and not now["warning"].str.contains("drift").any()
+    assert (later["rt_shift"].to_numpy() - now["rt_shift"].to_numpy()) == pytest.approx(0.8, abs=0.2)
+    assert later["warning"].str.contains("rt_shift").all() and not now["warning"].str.contains("drift").any()
 
 
 # ---------------------------------------------------------------- many runs
@@ -492,7 +496,7 @@ def table_run(
     (folder / "best.pt").touch()
     settings = {"backbone": backbone, "seed": seed, "fold": None, "shuffle_labels": False, "weights": origin}
     settings |= {"optimizer": "lbfgs" if solved else "adamax"} | more
-    config = {"data_set": data_set, "parameters": 8_100_000, "settings": settings, "chance_loss": 0.5832}
+    config = {"data_set": data_set, "parameters": 8_100_000, "settings": settings, "baseline_loss": 0.5832}
     write_json(folder / "config.json", config)
     names = ["loss", "accuracy", "precision", "recall", "f1", "roc_auc"]
     measured = [f"{split}_{name}" for split in ("train", "val") for name in names]
@@ -523,7 +527,7 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     columns = ["data_set", "backbone", "parameters_millions", "judged", "best_epoch"]
     for split in ("train", "val"):
         columns += [f"{split}_{name}" for name in ("loss", "accuracy", "f1", "precision", "recall")]
-    assert header.split()[:17] == [*columns, "chance_loss", "seconds"]
+    assert header.split()[:17] == [*columns, "baseline_loss", "seconds"]
     assert "Kruskal" not in text  # no replicates, no tests
 
 
@@ -565,7 +569,7 @@ DUNN_ADJUSTED = [0.193911907529, 0.030525046843, 0.456237189046, 0.456237189046,
 def test_dunns_p_values_are_those_of_scikit_posthocs():
     assert evaluate.dunn([np.array(values) for values in LOSSES.values()]) == pytest.approx(DUNN, abs=1e-10)
     replicates = {name: pd.DataFrame({"val_loss": values, "val_f1": 0.9}) for name, values in LOSSES.items()}
-    tests = evaluate.tests_of(replicates, ["val_loss", "val_f1"])
+    tests = evaluate.compute_p_values(replicates, ["val_loss", "val_f1"])
     kruskal = 0.03838948028589229  # scipy.stats.kruskal
     assert tests["val_loss"].tolist() == pytest.approx([kruskal, *DUNN_ADJUSTED], abs=1e-10)
     assert tests["val_f1"].isna().all()  # nothing can be said of a metric that never differs

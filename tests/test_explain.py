@@ -41,7 +41,7 @@ def test_where_heat_fails_the_ranking_is_written_all_the_same(two, network, tmp_
     def fails(*_):
         raise InputError("no heat at stage2 (a list has no place); name others with --layers")
 
-    monkeypatch.setattr(explain, "heat_maps", fails)
+    monkeypatch.setattr(explain, "compute_cams", fails)
     assert run("explain.py", network, "--out", tmp_path, cwd=two[0].parent) == (0, "")
     assert "no cam_grid.png: no heat at stage2" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"features.csv", "inclusion.csv", "overlay.png"}
@@ -55,20 +55,22 @@ def test_maps_that_no_module_returns_have_heat_where_the_head_sees_them(name):
     nn.init.normal_(model.head.weight)
     layers = explain.choose_layers(model)
     picture = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    heat = next(explain.heat_maps(model, layers, RECIPE, [picture], 1))
+    heat = next(explain.compute_cams(model, layers, RECIPE, [picture], 1))
     assert layers == ["taps.0"] and heat.shape == (64, 64) and heat.max() > 0
 
 
 def test_resizing_keeps_every_position_to_half_a_pixel():
     ramp = ((torch.arange(16) + 0.5) / 16).expand(1, 16, 16)  # the value is the fraction of the axis
-    fine = explain.resized(ramp, (64, 100))[0, 0]
+    fine = explain.resize_maps(ramp, (64, 100))[0, 0]
     assert np.allclose(fine[4:-4], ((np.arange(100) + 0.5) / 100)[4:-4], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["pixels", "test_resnet"])
 def test_the_planted_peak_leads_the_evidence_and_the_ranking(two, network, name, monkeypatch, capsys):
-    maps, overlay = [], explain.overlay
-    monkeypatch.setattr(explain, "overlay", lambda *arguments: maps.append(arguments[1]) or overlay(*arguments))
+    maps, draw_overlay = [], explain.draw_overlay
+    monkeypatch.setattr(
+        explain, "draw_overlay", lambda *arguments: maps.append(arguments[1]) or draw_overlay(*arguments)
+    )
     folder = two[1] if name == "pixels" else network
     assert run("explain.py", folder, cwd=two[0].parent) == (0, "")
     said = capsys.readouterr().out
@@ -110,10 +112,10 @@ def test_evidence_of_measurements_stored_in_half_precision_is_that_of_double(two
     answer = pd.read_csv(tmp_path / "out/features.csv")
     model, checkpoint = explain.load_run(network)
     _, pictures = explain.read_split(checkpoint, None, "all")
-    p = explain.votes_of([model], RECIPE, pictures)[0][:, 1]
+    p = explain.predict_probabilities([model], RECIPE, pictures)[0][:, 1]
     measured = np.array([explain.local_intensity(picture, RECIPE, 0.3).ravel() for picture in pictures], float)
-    evidence = explain.evidence_of(measured, p, explain.common_components(measured, p))
-    expected = abs(explain.at_places(evidence, answer, RECIPE))
+    evidence = explain.compute_evidence(measured, p, explain.find_common_components(measured, p))
+    expected = abs(explain.look_up(evidence, answer, RECIPE))
     assert answer["evidence"].to_numpy() == pytest.approx(expected, abs=0.001)
 
 
@@ -129,7 +131,7 @@ def test_any_kind_of_backbone_has_heat_for_either_class(backbone):
     nn.init.normal_(model.head.weight)
     layers = explain.choose_layers(model)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 50, 40), np.uint8)
-    maps = [np.array(list(explain.heat_maps(model, layers, RECIPE, pictures, k))) for k in (0, 1)]
+    maps = [np.array(list(explain.compute_cams(model, layers, RECIPE, pictures, k))) for k in (0, 1)]
     for heat in maps:
         assert heat.shape == (2, 50, 40) and np.isfinite(heat).all() and (heat >= 0).all() and heat.max() > 0
     assert not np.allclose(*maps)
@@ -150,7 +152,7 @@ def test_evidence_is_what_goes_with_the_calls_however_bright():
     intensities[:, 16] -= 0.5 * p
     intensities[:, 12] += 5  # bright in all
     intensities[:, 6] = 0.3
-    evidence = explain.evidence_of(intensities, p, explain.common_components(intensities, p))
+    evidence = explain.compute_evidence(intensities, p, explain.find_common_components(intensities, p))
     assert evidence.shape == (20,) and evidence[0] > 0.9 and evidence[16] < -0.9
     assert evidence[6] == pytest.approx(0, abs=1e-6)
     evidence[[0, 16]] = 0
@@ -164,13 +166,13 @@ def test_what_whole_pictures_have_in_common_is_taken_out_unless_it_is_the_class(
     intensities = rng.normal(0, 0.1, (80, 100))
     intensities[:, 50:] += batch[:, None]
     intensities[:, 23] += 0.3 * called
-    evidence = explain.evidence_of(intensities, p, explain.common_components(intensities, p))
-    before = explain.evidence_of(intensities, p, np.empty((80, 0)))
+    evidence = explain.compute_evidence(intensities, p, explain.find_common_components(intensities, p))
+    before = explain.compute_evidence(intensities, p, np.empty((80, 0)))
     assert abs(evidence).argmax() == 23
     assert abs(evidence[50:]).mean() < 0.12 < 0.24 < abs(before[50:]).mean()
     # Most of what is measured differs between the classes: that is no drift.
     intensities[:, 50:] += called[:, None] - batch[:, None]
-    evidence = explain.evidence_of(intensities, p, explain.common_components(intensities, p))
+    evidence = explain.compute_evidence(intensities, p, explain.find_common_components(intensities, p))
     assert evidence[50:].min() > 0.9
 
 
@@ -181,14 +183,14 @@ def test_evidence_by_blocks_is_the_correlation_after_regressing_the_components_o
     intensities = rng.normal(0, 0.1, (300, 60_000))
     intensities += np.outer(batch, rng.uniform(size=60_000)) + np.outer(drift, rng.uniform(0, 0.5, 60_000))
     intensities[:, ::7] += 0.1 * p[:, None]
-    assert [block.shape[1] for _, block in explain.blocks_of(intensities)] == [27962, 27962, 4076]
-    components = explain.common_components(intensities, p)
+    assert [block.shape[1] for _, block in explain.column_chunks(intensities)] == [27962, 27962, 4076]
+    components = explain.find_common_components(intensities, p)
     assert abs(components.T @ components - np.eye(2)).max() < 1e-9
     known = np.column_stack([np.ones(300), components])
     both = np.column_stack([p, intensities])
     rest = both - known @ np.linalg.lstsq(known, both, rcond=None)[0]
     expected = pearsonr(rest[:, 1:], rest[:, :1]).statistic
-    assert explain.evidence_of(intensities, p, components) == pytest.approx(expected, abs=1e-5)
+    assert explain.compute_evidence(intensities, p, components) == pytest.approx(expected, abs=1e-5)
 
 
 def test_of_features_that_go_with_nothing_one_in_twenty_has_a_p_below_a_twentieth():
@@ -197,8 +199,8 @@ def test_of_features_that_go_with_nothing_one_in_twenty_has_a_p_below_a_twentiet
     intensities = rng.normal(size=(100, 1000))
     intensities[:, 0] -= 3 * p
     intensities[:, 1] = 0.3
-    r = explain.evidence_of(intensities, p, np.zeros((100, 0)))
-    table = explain.tests_of_calls(r, 98)
+    r = explain.compute_evidence(intensities, p, np.zeros((100, 0)))
+    table = explain.compute_evidence_p(r, 98)
     assert table["p"][2:].to_numpy() == pytest.approx(pearsonr(intensities[:, 2:], p[:, None]).pvalue, rel=1e-4)
     assert table["p"].idxmin() == 0 and table["q"][0] < 0.05 and table["direction"][0] == "down"
     assert table["p"][1] > 0.99 and 0.03 < (table["p"][2:] < 0.05).mean() < 0.07
@@ -236,7 +238,7 @@ def test_t_asks_the_known_phenotypes_and_in_box_counts_the_neighbours():
     of_class = np.array([1.0] * 5 + [np.nan] + [0.0] * 6)
 
     def ranked(of_class, drift=0.3):
-        tests = explain.tests_of_phenotypes(explain.at_places(measured, table, RECIPE), of_class)
+        tests = explain.compare_phenotypes(explain.look_up(measured, table, RECIPE), of_class)
         return explain.rank_features(table, np.zeros(3), tests, [drift, 25.0]).set_index("name")
 
     found = ranked(of_class)
@@ -254,7 +256,7 @@ def test_all_maps_of_a_figure_share_one_scale(tmp_path, monkeypatch):
     table = pd.DataFrame({"sample_name": ["a", "b"], "phenotype": "user", "caption": ""})
     pictures = np.zeros((2, 64, 64), np.uint8)
     maps = np.stack([np.full((64, 64), 2.0), np.full((64, 64), 0.02)])
-    explain.cam_grid(tmp_path / "grid.png", table, pictures, maps, RECIPE, "")
+    explain.draw_cam_grid(tmp_path / "grid.png", table, pictures, maps, RECIPE, "")
     assert norms[1] is norms[3] and norms[1](2.0) == 1 and norms[1](0.02) == pytest.approx(0.1)
 
 
@@ -274,11 +276,11 @@ def test_intensity_forgives_drift_and_in_rt_what_all_masses_of_a_time_have_in_co
 def test_the_list_for_the_instrument_holds_what_the_calls_go_with_and_the_phenotypes_differ_in():
     table = pd.DataFrame({"name": ["a", "b", "c"], "mz": [462.175, 300.0, 400.0], "rt": [0.2, 5.0, 6.0]})
     table = table.assign(q=[0.01, 0.3, 0.01], t_q=[0.01, 0.01, 0.3])
-    targets = explain.inclusion_list(table, drift=0.3)
+    targets = explain.make_inclusion_list(table, drift=0.3)
     assert list(targets) == ["Compound", "Formula", "Adduct", "m/z", "z", "t start (min)", "t stop (min)"]
     assert targets.to_numpy().tolist() == [["a", "", "(no adduct)", 462.175, 1, 0.0, 0.5]]
     for unknown, names in (("q", "ab"), ("t_q", "ac")):  # all called alike; new runs of unknown phenotype
-        targets = explain.inclusion_list(table.assign(**{unknown: np.nan}), drift=0.3)
+        targets = explain.make_inclusion_list(table.assign(**{unknown: np.nan}), drift=0.3)
         assert targets["Compound"].tolist() == list(names)
 
 

@@ -116,9 +116,9 @@ def test_a_regression_label(fork, two):
     edit("train.py", old, "    return F.mse_loss(logits[:, 0], labels.float())\n\n")
     edit(
         "deeplcms.py",
-        "    probabilities = probabilities_of(logits)\n    n_classes",
+        "    probabilities = to_probabilities(logits)\n    n_classes",
         '    return {"rmse": np.sqrt(np.mean((np.asarray(logits)[:, 0] - labels) ** 2))}\n'
-        "    probabilities = probabilities_of(logits)\n    n_classes",
+        "    probabilities = to_probabilities(logits)\n    n_classes",
     )
     assert "val_rmse" in works(folder, "train.py", *FLAGS, two[0], "--repeats", 2)
     epochs = pd.read_csv(folder / "runs/data/pixels/seed2643/epochs.csv")
@@ -130,13 +130,13 @@ def test_a_regression_label(fork, two):
 def test_two_modes_a_sample(fork, two):
     """Positive and negative scans of a sample lie side by side: the second file's scans come 11 minutes later."""
     folder, edit = fork
-    both = """def read_run(path, *options):
+    both = """def read_raw(path, *options):
     (said, positive), (_, negative) = read_one(path, *options), read_one(path, *options)
     return said, itertools.chain(positive, ((rt + 11, *peaks) for rt, *peaks in negative))
 
 
 """
-    edit("deeplcms.py", "def read_run(", f"{both}def read_one(")
+    edit("deeplcms.py", "def read_raw(", f"{both}def read_one(")
     edit("deeplcms.py", "import json\n", "import itertools\nimport json\n")
     raw = two[0].parent / "raw"
     works(folder, "convert.py", raw, raw / "samples.csv", "modes", "--bins", 96, 64, "--sigma", 1)
@@ -208,4 +208,4 @@ def test_class_weights(fork, two):
     works(folder, "train.py", *FLAGS, two[0], "--folds", 3)
     works(folder, "evaluate.py", "runs")
     table = pd.read_csv(next(folder.glob("runs/**/comparison.csv")))
-    assert (table["chance_loss"] > 1).all()  # 0.69 without weights
+    assert (table["baseline_loss"] > 1).all()  # 0.69 without weights

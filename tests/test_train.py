@@ -51,7 +51,7 @@ def train_in(tmp_path, data, *flags, backbone="test_resnet", out="runs"):
 def labelled(data, *splits):
     """(table, recipe) of pictures of the demo cohort with labels."""
     pictures, recipe = deeplcms.find_pictures(data, splits)
-    return pictures.assign(label=deeplcms.label_of(pictures, ["control", "exposed"])), recipe
+    return pictures.assign(label=deeplcms.make_labels(pictures, ["control", "exposed"])), recipe
 
 
 # ---------------------------------------------------------------- pictures
@@ -88,12 +88,12 @@ def test_augmentation_uncovers_and_erases_to_the_colour_of_zero_intensity():
 
 def test_none_keeps_every_level_and_physical_moves_spots_along_time_alone():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert np.array_equal(train.augmented(levels, drawn_as("none")), levels)
+    assert np.array_equal(train.augment(levels, drawn_as("none")), levels)
     picture = np.zeros((60, 60), np.uint8)
     picture[18:21, 28:33] = picture[40:43, 28:33] = 150
     places = set()
     for _ in range(5):
-        lit = train.augmented(picture, drawn_as("physical", warp=5, gain=0, erase=0)) > 75
+        lit = train.augment(picture, drawn_as("physical", warp=5, gain=0, erase=0)) > 75
         assert set(np.flatnonzero(lit.any(axis=1))) == {18, 19, 20, 40, 41, 42}
         assert np.array_equal(lit[19], lit[41])  # both masses by the same time
         places.add(int(np.flatnonzero(lit[19]).mean()))
@@ -103,10 +103,10 @@ def test_none_keeps_every_level_and_physical_moves_spots_along_time_alone():
 def test_warped_is_grid_sample_on_a_grid_shifted_along_time():
     x = torch.rand(1, 40, 60)
     torch.manual_seed(1)
-    drawn = train.warped(x, 0.05)
+    drawn = train.warp_retention(x, 0.05)
     torch.manual_seed(1)
     grid = torch.nn.functional.affine_grid(torch.eye(2, 3)[None], (1, 1, 40, 60), align_corners=False)
-    grid[..., 0] += 2 * train.smooth_wave(60, 0.05)  # the axes of a grid go from -1 to 1
+    grid[..., 0] += 2 * train.draw_wave(60, 0.05)  # the axes of a grid go from -1 to 1
     expected = torch.nn.functional.grid_sample(x[None], grid, padding_mode="border", align_corners=False)[0]
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
     assert not torch.equal(drawn, x)
@@ -128,7 +128,7 @@ def test_order_and_draws_of_an_epoch_do_not_depend_on_what_came_before(demo, wor
     loaders, args = loaders_of(demo, "--views", "0", "--workers", workers)
     epochs = []
     for epoch in (2, 1, 2):
-        batches = list(train.batches_of(loaders["train"], epoch, args))
+        batches = list(train.draw_batches(loaders["train"], epoch, args))
         # a batch that is channels-last corrupts the heap in the backward pass of some backbones
         assert all(x.is_contiguous() and x.stride()[1] == 64 * 64 for x, _ in batches)
         epochs.append([torch.cat(part) for part in zip(*batches, strict=True)])
@@ -155,9 +155,9 @@ def test_every_kind_of_backbone_gives_a_map_with_place(backbone):
     assert [scale for scale in model.scales if scale[0] > 1] == [(8, 14), (16, 14)][backbone == "test_vit" :]
     x = torch.zeros(1, 3, model.image_size, model.image_size)
     with torch.no_grad():
-        plain = model.blocks_of(x)
+        plain = model.pool_maps(x)
         x[..., model.image_size * 7 // 8 :] = 3.0
-        for block, before, (_, grid) in zip(model.blocks_of(x), plain, model.scales, strict=True):
+        for block, before, (_, grid) in zip(model.pool_maps(x), plain, model.scales, strict=True):
             change = (block - before).abs().unflatten(1, (-1, grid, grid)).mean((0, 1, 2))
             assert change[-1] > change[0]
         assert model(x).shape == (1, 1)
@@ -198,7 +198,7 @@ def test_pretrained_weights_come_from_the_cache_and_without_it_auto_starts_as_ra
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def build(weights):
-        [args] = train.trainings_of(train.parse_arguments(["--backbone", "test_resnet", "--weights", weights]))
+        [args] = train.expand_trainings(train.parse_arguments(["--backbone", "test_resnet", "--weights", weights]))
         args.finetune = None  # the demo trains all
         return train.build_model(args, 1)
 
@@ -263,13 +263,13 @@ def test_best_pt_is_the_epoch_that_is_kept_and_gives_its_figures_back(trained, d
         checkpoint["epoch"] == best["epoch"] and checkpoint["config"]["settings"]["weights"] == "random initialisation"
     )
     pictures, recipe = deeplcms.find_pictures(demo, ("train",))
-    typical, cohort = deeplcms.cohort_of(pictures[~pictures["copy"]], recipe)
+    typical, cohort = deeplcms.summarize_cohort(pictures[~pictures["copy"]], recipe)
     assert checkpoint["recipe"] == recipe and checkpoint["cohort"] == cohort
-    assert checkpoint["profile"].tolist() == typical.tolist() and len(typical) == 64
+    assert checkpoint["chromatogram"].tolist() == typical.tolist() and len(typical) == 64
     data = Pictures(labelled(demo, "val")[0], train.to_input(model, recipe))
     logits, labels = train.collect(train.predict(model, torch.utils.data.DataLoader(data, 3)))
-    assert train.loss_of(logits, labels).item() == pytest.approx(best["val_loss"], abs=1e-5)
-    assert deeplcms.metrics_of(labels.numpy(), logits)["accuracy"] == pytest.approx(best["val_accuracy"])
+    assert train.compute_loss(logits, labels).item() == pytest.approx(best["val_loss"], abs=1e-5)
+    assert deeplcms.compute_metrics(labels.numpy(), logits)["accuracy"] == pytest.approx(best["val_accuracy"])
 
 
 def test_a_run_is_evaluated_with_the_mean_and_deviation_it_was_trained_with(trained, tmp_path):
@@ -293,10 +293,10 @@ def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_pat
 
 def prepared(data, flags):
     """(what trains it, model, settings, pictures, recipe) of one training with these flags."""
-    [args] = train.trainings_of(train.parse_arguments(list(map(str, flags))))
+    [args] = train.expand_trainings(train.parse_arguments(list(map(str, flags))))
     pictures, recipe = labelled(data, "train", "val")
     model, origin = train.build_model(args, 1)
-    settings = train.settings_of(args, model, origin, pictures, recipe)
+    settings = train.resolve_settings(args, model, origin, pictures, recipe)
     return train.prepare(settings, model, pictures, recipe, {}), model, settings, pictures, recipe
 
 
@@ -314,12 +314,12 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, 
     assert lr in curve["lr"].tolist() and len(curve) > 10
     optimizer, scaler = train.make_optimizer(model.train(not model.frozen), args, curve["lr"][9])
     loader = loaders["train"]
-    epochs = (train.batches_of(loader, epoch, args) for epoch in itertools.count(1))  # as `fit` counts
+    epochs = (train.draw_batches(loader, epoch, args) for epoch in itertools.count(1))  # as `fit` counts
     batches = itertools.islice(itertools.chain.from_iterable(epochs), 24)
     outputs = [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
     judged = outputs[12:] if finetune == "all" else train.predict(model, loaders["val"])
-    assert train.loss_of(*train.collect(judged)).item() == pytest.approx(curve["loss"][9], abs=1e-5)
-    epochs = [train.loss_of(*train.collect(outputs[i : i + len(loader)])) for i in range(0, 24, len(loader))]
+    assert train.compute_loss(*train.collect(judged)).item() == pytest.approx(curve["loss"][9], abs=1e-5)
+    epochs = [train.compute_loss(*train.collect(outputs[i : i + len(loader)])) for i in range(0, 24, len(loader))]
     assert max(epochs).item() == pytest.approx(curve["highest"][9], abs=1e-5) and len(epochs) > 1
 
 
@@ -338,14 +338,14 @@ def test_a_rate_that_shakes_the_network_is_never_suggested():
 
 def test_the_head_of_a_frozen_backbone_is_solved(demo, tmp_path, monkeypatch):
     """At the optimum the gradient of loss and penalty is zero, of training and validation pictures together."""
-    monkeypatch.setattr(train, "shrinkage", lambda *_: 1.0)
+    monkeypatch.setattr(train, "choose_shrinkage", lambda *_: 1.0)
     folder = train_in(tmp_path, demo, "--finetune", "head", "--scales", "last:2", "--optimizer", "auto")
     model, _ = train.load_run(folder)
     pictures, recipe = labelled(demo, "train", "val")  # --augmentation none: the draws are all alike
     [features] = train.extract_features(model, pictures, train.to_input(model, recipe), 1, HERE)
-    loss = train.loss_of(model(features), torch.tensor(list(pictures["label"])))
+    loss = train.compute_loss(model(features), torch.tensor(list(pictures["label"])))
     gradient = torch.autograd.grad(loss, [model.head.weight, model.head.bias])
-    assert (gradient[0] + train.PENALTY * model.head.weight).abs().max() < 1e-4 > gradient[1].abs().max()
+    assert (gradient[0] + train.L2 * model.head.weight).abs().max() < 1e-4 > gradient[1].abs().max()
     assert len(epochs_of(folder)) == 1 and not (folder / "last.pt").exists()
 
 
@@ -361,7 +361,7 @@ def test_validation_figures_of_a_solved_head_are_out_of_fold(demo, tmp_path):
 def test_coordinates_keep_inner_products_and_give_the_weights_back(n_features):
     torch.manual_seed(0)
     x = torch.randn(30, n_features)
-    z, to_weights = train.coordinates(x)
+    z, to_weights = train.compute_kernel_basis(x)
     assert z.shape == (30, min(30, n_features))
     torch.testing.assert_close(z @ z.T, (x @ x.T).double(), rtol=1e-3, atol=2e-3)
     weight = torch.randn(2, z.shape[1], dtype=z.dtype)
@@ -407,7 +407,7 @@ def loss_on_validation(model, pictures, recipe):
     """The loss as evaluate.py would find it: validation pictures in batches of another size."""
     table = pictures[(pictures["split"] == "val") & ~pictures["copy"]]
     loader = torch.utils.data.DataLoader(Pictures(table, train.to_input(model, recipe)), 3)
-    return train.loss_of(*train.collect(train.predict(model, loader))).item()
+    return train.compute_loss(*train.collect(train.predict(model, loader))).item()
 
 
 @pytest.mark.parametrize("patience", ["auto", 2])
@@ -415,8 +415,8 @@ def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, capsys, 
     """Here of three, up to the last epoch of the schedule, or with --patience up to that of lowest validation loss."""
     learn, model, pictures, recipe, _ = whole_network(demo, "--epochs", 3, "--patience", patience)
     epochs = []
-    history, kept = learn(report=lambda row: epochs.append(train.trained_weights(model)))
-    n = train.best_of(history)["epoch"]
+    history, kept = learn(report=lambda row: epochs.append(train.copy_weights(model)))
+    n = train.find_kept_epoch(history)["epoch"]
     losses = [row["val_loss"] for row in history]
     assert (
         n == (3 if patience == "auto" else 1 + np.argmin(losses)) > 1
@@ -455,15 +455,15 @@ def test_the_weights_that_are_kept_are_as_good_as_those_they_average_at_each_epo
     ],
 )
 def test_patience_counts_from_the_middle_of_the_schedule_on(demo, monkeypatch, curve, patience, n_epochs, kept):
-    judged, losses = train.judged, iter(curve)
+    split_metrics, losses = train.split_metrics, iter(curve)
 
     def on_the_curve(split, outputs):
-        return judged(split, outputs) | ({"val_loss": next(losses)} if split == "val" else {})
+        return split_metrics(split, outputs) | ({"val_loss": next(losses)} if split == "val" else {})
 
-    monkeypatch.setattr(train, "judged", on_the_curve)
+    monkeypatch.setattr(train, "split_metrics", on_the_curve)
     learn, *_ = whole_network(demo, "--epochs", len(curve), "--image-size", 32, "--patience", patience)
     history, _ = learn()
-    assert (len(history), train.best_of(history)["epoch"]) == (n_epochs, kept)
+    assert (len(history), train.find_kept_epoch(history)["epoch"]) == (n_epochs, kept)
 
 
 def test_mixed_precision_is_for_the_forward_pass_and_weights_and_gradients_are_float32(demo):
@@ -511,10 +511,10 @@ def test_every_picture_is_held_out_once_from_weights_and_epoch_and_judged_by_tha
     assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
     pictures, recipe = labelled(demo, "train", "val")
     names = []
-    for fold, training in enumerate(train.trainings_of(train.parse_arguments(list(map(str, arguments))))):
+    for fold, training in enumerate(train.expand_trainings(train.parse_arguments(list(map(str, arguments))))):
         folder = tmp_path / f"runs/demo/pixels/seed2643-fold{fold}"
         held_out = pd.read_csv(folder / "held_out.csv")
-        table = train.table_of(pictures, training)
+        table = train.make_training_table(pictures, training)
         parts = {split: set(rows["sample_name"]) for split, rows in table.groupby("split")}
         assert set(held_out["sample_name"]) == parts["held out"] and len(parts["val"]) == pytest.approx(8.5, abs=1)
         assert parts["held out"] | parts["val"] | parts["train"] == set(pictures["sample_name"])
@@ -522,7 +522,7 @@ def test_every_picture_is_held_out_once_from_weights_and_epoch_and_judged_by_tha
         names += list(held_out["sample_name"])
         model, _ = train.load_run(folder)
         rows = table[table["split"] == "held out"]
-        x = train.inputs_of(model, recipe, map(deeplcms.read_picture, rows["path"]))
+        x = train.make_inputs(model, recipe, map(deeplcms.read_picture, rows["path"]))
         assert held_out["logit_0"].tolist() == pytest.approx(model(x)[:, 0].tolist(), abs=1e-4)
     assert sorted(names) == sorted(pictures["sample_name"])
 
@@ -531,25 +531,25 @@ def test_a_head_that_is_too_sure_shrinks_to_the_class_shares_and_one_that_is_rig
     rng = np.random.default_rng(0)
     labels = torch.tensor(rng.random(300) < 0.27).long()
     sure = torch.tensor(rng.normal(0, 20, (300, 1)))  # logits of no meaning
-    _, baseline = train.solved(torch.empty(300, 0, dtype=torch.double), labels, 1)
+    _, baseline = train.fit_logistic(torch.empty(300, 0, dtype=torch.double), labels, 1)
     share = labels.double().mean()
     assert baseline.item() == pytest.approx(torch.log(share / (1 - share)).item(), abs=1e-4)
-    assert train.shrinkage(sure, baseline, labels) == 0.01
-    shrunk = train.loss_of(torch.lerp(baseline, sure, 0.01), labels)
-    assert shrunk < 1.05 * train.chance_loss_of(labels, 1) < train.loss_of(sure, labels)
-    assert train.shrinkage(9 * (2 * labels[:, None].double() - 1), baseline, labels) == 1
+    assert train.choose_shrinkage(sure, baseline, labels) == 0.01
+    shrunk = train.compute_loss(torch.lerp(baseline, sure, 0.01), labels)
+    assert shrunk < 1.05 * train.compute_baseline_loss(labels, 1) < train.compute_loss(sure, labels)
+    assert train.choose_shrinkage(9 * (2 * labels[:, None].double() - 1), baseline, labels) == 1
 
 
 def test_chance_is_a_test_of_the_auc_that_holds_for_one_of_twenty_shuffled_cohorts():
     rng = np.random.default_rng(0)
     labels, score = np.arange(96) < 30, rng.normal(size=96)
     aucs = [deeplcms.roc_auc(rng.permutation(labels), score) for _ in range(2000)]
-    assert np.mean(np.array(aucs) > train.chance_auc_of(labels)) == pytest.approx(0.05, abs=0.015)
+    assert np.mean(np.array(aucs) > train.compute_baseline_auc(labels)) == pytest.approx(0.05, abs=0.015)
 
 
 def test_a_model_that_is_no_better_than_chance_is_called_so(demo, tmp_path, capsys):
     entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
-    assert train.chance_loss_of(np.array([0, 0, 0, 1]), 1) == pytest.approx(entropy)
+    assert train.compute_baseline_loss(np.array([0, 0, 0, 1]), 1) == pytest.approx(entropy)
     train_in(tmp_path, demo, "--shuffle-labels", "--optimizer", "auto", backbone="pixels")
     assert (
         "warning: no better than chance: of shuffled labels 1 in 20 has a ROC AUC above 0.6" in capsys.readouterr().out
@@ -634,7 +634,7 @@ def test_without_data_the_demo_cohort_is_made_where_there_is_none(tmp_path, monk
 def test_pixels_keep_a_grid_of_their_own_beside_networks_and_in_the_demo():
     scales = []
     for flags in ("pixels", "pixels test_vit --scales last:7", "pixels --data x", "pixels --scales 1:7 --data x"):
-        training, *_ = train.trainings_of(train.parse_arguments(["--backbone", *flags.split()]))
+        training, *_ = train.expand_trainings(train.parse_arguments(["--backbone", *flags.split()]))
         scales.append(training.scales)
     assert scales == [None, None, None, ["1:7"]]
 
@@ -658,7 +658,7 @@ def pictures_of(n, n_groups):
 def test_folds_are_stratified_and_keep_groups_and_copies_together():
     for n_groups in (30, 10):
         table = pictures_of(30, n_groups)
-        table["fold"] = train.fold_of(table, 5, seed=1)
+        table["fold"] = train.assign_folds(table, 5, seed=1)
         assert (table.groupby("group")["fold"].nunique() == 1).all()
         assert (table.groupby("sample_name")["fold"].nunique() == 1).all()
         counts = table[~table["copy"]].groupby(["fold", "phenotype"]).size()
@@ -668,7 +668,7 @@ def test_folds_are_stratified_and_keep_groups_and_copies_together():
 def test_shuffled_labels_keep_counts_and_what_belongs_together():
     for n_groups in (30, 10):
         table = pictures_of(30, n_groups)
-        after = table.assign(label=train.shuffled(table, 1))
+        after = table.assign(label=train.shuffle_labels(table, 1))
         assert after["label"].sum() == 30 and not after["label"].equals(table["label"])
         assert (after.groupby("group")["label"].nunique() == 1).all()
 
@@ -760,7 +760,7 @@ def test_every_architecture_of_the_articles_table_1_trains(name):
     """Built from its name, one step forward and one backward on two pictures, at a finite loss."""
     model = Classifier(name, 1, finetune="all").train()
     x = torch.rand(2, 3, model.image_size, model.image_size)
-    loss = train.loss_of(model(x), torch.tensor([0, 1]))
+    loss = train.compute_loss(model(x), torch.tensor([0, 1]))
     loss.backward()
     assert torch.isfinite(loss) and model.head.weight.grad.abs().sum() > 0
 
@@ -796,7 +796,7 @@ def test_runs_behind_a_link_are_found(demo, tmp_path):
     (tmp_path / "disk").mkdir()
     train_in(tmp_path / "disk", demo, "--optimizer", "auto", backbone="pixels")
     (tmp_path / "runs").symlink_to(tmp_path / "disk/runs")
-    assert len(train.runs_in(tmp_path / "runs")) == 1
+    assert len(train.find_runs(tmp_path / "runs")) == 1
 
 
 def test_a_trial_takes_the_combination_that_no_finished_trial_has(demo, tmp_path, monkeypatch):
@@ -824,8 +824,8 @@ def test_numbers_that_a_flag_cannot_mean_are_refused(flags, capsys):
 
 
 def test_a_backbone_of_patch_14_has_the_nearest_strides_and_a_size_it_refuses_one_line():
-    assert train.chosen_scales(None, [1, 14, 14], "vit") == [(1, 56), (14, 14)]
-    assert train.chosen_scales(None, [1, 32], "vit") == [(1, 56), (32, 14)]
+    assert train.parse_scales(None, [1, 14, 14], "vit") == [(1, 56), (14, 14)]
+    assert train.parse_scales(None, [1, 32], "vit") == [(1, 56), (32, 14)]
     with pytest.raises(InputError, match="test_vit cannot take pictures of 100 pixels; its own is 160"):
         Classifier("test_vit", 1, image_size=100)
 
