@@ -1,15 +1,19 @@
-"""What a picture is, and the few things that all scripts share. Read this file first.
+"""How a raw LC-MS file becomes a picture, and the helpers that all scripts share. Read this first.
 
-Article, "Creating the pseudo images": a raw LC-MS run becomes a picture, x retention time, y m/z, colour log intensity.
-`make_picture` is that recipe, `Recipe` its settings. It has no command of its own and needs no torch: a worker of
-convert.py loads nothing else.
+Article, "Creating the pseudo images": x is retention time, y is m/z, colour is log intensity.
+`make_picture` is that recipe, and `Recipe` its settings. This file has no command. It imports no
+torch, so that convert.py's workers start fast.
 """
 
 import argparse
+import bz2
+import gzip
+import io
 import json
 import os
 import re
 import sys
+import time
 import unicodedata
 import zlib
 from collections import Counter
@@ -26,49 +30,55 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 from scipy.stats import rankdata
 
+RANK, WORLD = 0, 1  # number of this process, and of all, under torchrun
+if "TORCHELASTIC_RUN_ID" in os.environ:  # a scheduler alone may set the other two
+    RANK = int(os.environ["RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
 SPLITS = ("train", "val", "test")
 NORMALIZE = ("quantile", "rt", "global")
-RAW_FILE = re.compile(r"([^.].*)\.(mzml|mzxml)(\.gz|\.bz2)?", re.IGNORECASE)  # the name of a raw run's file
-# The numbers known of every run: columns of samples.csv, text of a PNG, and of training runs part of a checkpoint.
+RAW_FILE = re.compile(r"([^.].*)\.(mzml|mzxml|cdf)(\.gz|\.bz2)?", re.IGNORECASE)
+POLARITY = {"positive": "+", "negative": "-"}
+NO_RAW_FILE = "no mzML, mzXML or CDF; msconvert converts instrument formats to mzML"
+# Numbers that describe a raw file: saved in samples.csv, its PNG and, for training pictures, the checkpoint.
 STATISTICS = "n_scans scan_kinds n_peaks total_intensity outside rt_first rt_last rt_gap mz_low mz_high".split()
 
 
-# ---------------------------------------------------------------- one run -> one picture
+# ---------------------------------------------------------------- a raw file becomes a picture
 @dataclass(frozen=True)
 class Recipe:
-    """How a run becomes a picture. A new field is in every PNG, comparison and checkpoint without being listed."""
+    """The settings of a picture. A new field is saved, compared and restored automatically."""
 
     rt_min: float  # minutes
     rt_max: float
     mz_min: float
     mz_max: float
-    bins: tuple = (500, 500)  # of retention time, of m/z
-    normalize: str = "quantile"  # by what a run is divided: see render_histogram
-    min_intensity: float = 0.0  # weaker peaks are left out
-    sigma: float = 2.0  # of the Gaussian filter, in bins
+    bins: tuple = (500, 500)  # along retention time, along m/z
+    normalize: str = "quantile"  # intensity scale, see render_histogram
+    min_intensity: float = 0.0  # weaker peaks are dropped
+    sigma: float = 2.0  # width of the Gaussian filter, in bins
     colormap: str = "jet"
-    only_polarity: str = ""  # positive or negative: scans of the other one are left out
+    only_polarity: str = ""  # positive or negative: scans of the other polarity are dropped
 
     def to_text(self):
-        """The recipe as the text chunks of a PNG; str keeps every digit of the axes."""
+        """The recipe as text chunks of a PNG; str() keeps every digit of the axes."""
         text = {name: str(value) for name, value in vars(self).items()}
         return text | {"bins": "{} {}".format(*self.bins)}
 
     @classmethod
     def from_text(cls, text):
-        """The recipe in the text chunks of a PNG or in a checkpoint; KeyError or ValueError where it is another one."""
+        """The recipe from such text; KeyError or ValueError if it is of another version."""
         if text["normalize"] not in NORMALIZE:
-            raise ValueError(f"normalize {text['normalize']} is no longer made")
-        read = {tuple: lambda t: tuple(map(int, t.split())), bool: lambda t: t == "True"}
+            raise ValueError(f"normalize {text['normalize']} is no longer supported")
+        read = {tuple: lambda value: tuple(map(int, value.split())), bool: lambda value: value == "True"}
         return cls(**{field.name: read.get(field.type, field.type)(text[field.name]) for field in fields(cls)})
 
     def to_fraction(self, rt, mz):
-        """Minutes and m/z -> fraction of the picture from the left and from the top: it survives every resize."""
+        """Minutes and m/z -> position from the left and top, 0 to 1, at any size of the picture."""
         x = (rt - self.rt_min) / (self.rt_max - self.rt_min)
         return x, 1 - (mz - self.mz_min) / (self.mz_max - self.mz_min)
 
     def from_fraction(self, x, y):
-        """Fraction of the picture from the left and from the top -> minutes and m/z."""
+        """Position from the left and top, 0 to 1 -> minutes and m/z."""
         rt = self.rt_min + x * (self.rt_max - self.rt_min)
         return rt, self.mz_min + (1 - y) * (self.mz_max - self.mz_min)
 
@@ -78,151 +88,230 @@ class Recipe:
 
 
 def make_picture(path, recipe):
-    """Raw run -> picture uint8 (n_mz, n_rt) and the statistics of the run; InputError if there is nothing to see."""
-    counts, statistics = make_histogram(path, recipe)
-    if not counts.any():
-        own = "{rt_first:.2f}-{rt_last:.2f} min, m/z {mz_low:.2f}-{mz_high:.2f}".format(**statistics)
-        axes = f"{recipe.rt_min:.2f}-{recipe.rt_max:.2f} min, m/z {recipe.mz_min:.2f}-{recipe.mz_max:.2f}"
-        raise InputError(f"{path.name}: no peak inside the axes, {axes}; its own are {own}")
-    picture = render_histogram(counts, recipe)
-    if picture.shape != recipe.bins[::-1]:  # in a fork: each place in minutes and m/z would be wrong
-        raise InputError(f"a picture has the shape {picture.shape}, and its recipe has the bins {recipe.bins}")
+    """Raw file -> picture uint8 (n_mz, n_rt) and {statistic: value}; InputError if it is empty."""
+    histogram, statistics = make_histogram(path, recipe)
+    if not histogram.any():
+        axes = "{rt_min:.2f}-{rt_max:.2f} min, m/z {mz_min:.2f}-{mz_max:.2f}".format(**vars(recipe))
+        peaks = "{rt_first:.2f}-{rt_last:.2f} min, m/z {mz_low:.2f}-{mz_high:.2f}".format(**statistics)
+        raise InputError(f"{path.name}: no peak inside the axes, {axes}; its peaks: {peaks}")
+    picture = render_histogram(histogram, recipe)
+    if picture.shape != recipe.bins[::-1]:  # in a fork: positions in minutes and m/z would be wrong
+        raise InputError(f"a picture has the shape {picture.shape}, and its recipe has bins {recipe.bins}")
     return picture, statistics
 
 
 def make_histogram(path, recipe):
-    """Intensity summed in bins, float (n_rt, n_mz), and the statistics of the run.
+    """Raw file -> intensity summed in bins, float (n_rt, n_mz), and {statistic: value}.
 
-    The edges and the last bin are those of numpy.histogram2d. `outside` is the share of intensity off the axes.
+    The bins are those of numpy.histogram2d. `outside` is the share of intensity outside the axes.
     """
     rt_edges = np.linspace(recipe.rt_min, recipe.rt_max, recipe.bins[0] + 1)
     mz_edges = np.linspace(recipe.mz_min, recipe.mz_max, recipe.bins[1] + 1)
     mz_edges[-1] = np.nextafter(recipe.mz_max, np.inf)  # the last bin includes its right edge
-    counts = np.zeros(recipe.bins)  # (n_rt, n_mz)
-    said, scans = read_raw(path, recipe.min_intensity, recipe.only_polarity)
+    histogram = np.zeros(recipe.bins)
+    metadata, scans = read_raw(path, recipe.min_intensity, recipe.only_polarity)
     n_peaks, total, rts, mzs = 0, 0.0, [], []
     for rt, mz, intensity in scans:
         if not (0 <= rt < np.inf and mz[0] > 0 and np.isfinite(mz.sum())):
-            place = f"{60 * rt:g} s (-1: without a time) and m/z {mz[0]:g} to {mz[-1]:g}"
-            raise InputError(f"{path.name}: holds a scan at {place}, which cannot be")
+            place = f"{60 * rt:g} s (-1: no time), m/z {mz[0]:g} to {mz[-1]:g}"
+            raise InputError(f"{path.name}: a scan has an impossible time or m/z: {place}")
         n_peaks += len(mz)
         total += intensity.sum(dtype=np.float64)
         rts.append(rt)
         mzs += [mz[0], mz[-1]]
         if recipe.rt_min <= rt <= recipe.rt_max:
-            column = np.searchsorted(rt_edges[:-1], rt, side="right") - 1  # its last bin, too
-            # The m/z ascend, so that the peaks of a bin are a slice: one search an edge instead of one a peak.
+            column = np.searchsorted(rt_edges[:-1], rt, side="right") - 1  # rt_max: in the last bin
+            # m/z is sorted, so a bin is a slice: search once per edge, not once per peak.
             starts = np.searchsorted(mz, mz_edges)
-            padded = np.append(intensity, 0.0)  # float64; and a slice may start behind the last peak
+            padded = np.append(intensity, 0.0)  # float64; a slice may start after the last peak
             sums = np.add.reduceat(padded, starts)[:-1]
-            counts[column] += np.where(np.diff(starts) > 0, sums, 0)  # reduceat gives an empty slice its first element
+            filled = np.diff(starts) > 0  # for an empty slice reduceat returns padded[start]
+            histogram[column] += np.where(filled, sums, 0)
     if n_peaks == 0:
-        least = f"{recipe.min_intensity:g} or more" if recipe.min_intensity else "above 0"
-        raise InputError(f"{path.name}: holds no MS1 peaks of intensity {least} {recipe.only_polarity}".rstrip())
-    statistics = {"n_peaks": n_peaks, "total_intensity": total, "outside": max(0.0, 1 - counts.sum() / total)}
+        wanted = f"min_intensity {recipe.min_intensity:g}, polarity {recipe.only_polarity or 'any'}"
+        raise InputError(f"{path.name}: no MS1 peaks ({wanted})")
+    outside = max(0.0, 1 - histogram.sum() / total)
+    statistics = {"n_peaks": n_peaks, "total_intensity": total, "outside": outside}
     statistics |= {"rt_first": min(rts), "rt_last": max(rts), "rt_gap": np.diff(sorted(rts)).max(initial=0)}
     statistics |= {"mz_low": min(mzs), "mz_high": max(mzs)}
-    return counts, said | statistics
+    return histogram, metadata | statistics
 
 
-def render_histogram(counts, recipe):
-    """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, time to the right, m/z up.
+def render_histogram(histogram, recipe):
+    """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, m/z up.
 
-    quantile: divided by the 0.85 quantile of the histogram after a wide filter; 255 times that is the last colour, in
-    every run. A compound keeps its level whatever elutes beside it. The wide filter spreads peaks over empty bins, so
-    that weak noise hardly moves the quantile, however many bins it reaches. The article divides by the highest bin of
-    each retention time (rt) or of the run (global); its last colour is the highest value of the picture.
+    quantile: divide by the 0.85 quantile of the histogram after a wide filter, and 255 times that is
+    the top level. A compound keeps its level whatever elutes beside it. The wide filter spreads peaks
+    over empty bins, so that weak noise hardly moves the quantile, however many bins it fills.
+    The article divides by the highest bin of each retention time (rt) or of the file (global); its
+    top level is the highest value of the picture.
     """
     if recipe.normalize == "quantile":
-        values = gaussian_filter(counts, recipe.sigma)
-        wide = gaussian_filter(counts, np.divide(recipe.bins, 125))
-        values /= np.quantile(wide, 0.85) or values.max() / 255  # 0 where a run is nearly empty
+        values = gaussian_filter(histogram, recipe.sigma)
+        wide = gaussian_filter(histogram, np.divide(recipe.bins, 125))
+        values /= np.quantile(wide, 0.85) or values.max() / 255  # 0 if the file is nearly empty
     else:
-        scale = counts.max(axis=1, keepdims=True) if recipe.normalize == "rt" else counts.max()
-        values = gaussian_filter(counts / np.where(scale == 0, 1, scale), recipe.sigma)
+        axis = 1 if recipe.normalize == "rt" else None
+        scale = histogram.max(axis=axis, keepdims=True)
+        values = gaussian_filter(histogram / np.where(scale == 0, 1, scale), recipe.sigma)
         values = 255 * values / values.max()
-    values = np.log1p(values) / np.log(256)  # weak compounds are most of the metabolome
+    values = np.log1p(values) / np.log(256)  # log, as most metabolites are weak
     levels = np.minimum(256 * values, 255).astype(np.uint8)
     return np.ascontiguousarray(levels.T[::-1])
 
 
 def colours(picture, colormap):
-    """Picture uint8 (height, width) -> its colours in a matplotlib colormap, uint8 (height, width, 3)."""
+    """Picture uint8 (height, width) -> colours in a matplotlib colormap, uint8 (height, width, 3)."""
     table = matplotlib.colormaps[colormap]((np.arange(256) + 0.5) / 256, bytes=True)[:, :3]
     return np.take(table, picture, axis=0)
 
 
+# ---------------------------------------------------------------- raw files
 def read_raw(path, min_intensity=0.0, only_polarity=""):
-    """What a run says of itself, and an iterator over its MS1 scans (retention time in minutes, m/z, intensity).
+    """Metadata of a raw file, and an iterator over its MS1 scans (minutes, ascending m/z, intensity).
 
-    It says its polarity ("+", "-" or, unknown, ""), n_scans, scan_kinds and, if known, start_time. pyopenms tells mzML
-    from mzXML, unpacks .gz and .bz2, knows the time's unit and sorts the m/z. For ion mobility or MS2 change this
-    function alone; for another instrument's format RUN, too, the names of its files.
+    Metadata: polarity ("+", "-" or, if unknown, ""), n_scans, scan_kinds and, if known, start_time.
+    For ion mobility or MS2 change this function. A new format needs a reader here and its extension
+    in RAW_FILE. InputError if the file cannot be read.
     """
-    import pyopenms  # not at the top: --help need not wait for it
+    size = path.stat().st_size
+    name = RAW_FILE.fullmatch(path.name)
+    if not name:
+        raise InputError(f"{path}: {NO_RAW_FILE}")
+    if size == 0:
+        raise InputError(f"{path.name}: is empty (zero bytes)")
+    read = read_netcdf if name[2].lower() == "cdf" else read_openms
+    metadata, all_scans = read(path, POLARITY.get(only_polarity, "+-"))
 
-    if path.exists() and not is_raw_file(path):
-        raise InputError(f"{path}: no mzML or mzXML; msconvert makes mzML of what instruments write")
-    with open(path, "rb") as file:
-        if not file.read(1):
-            raise InputError(f"{path.name}: is empty (zero bytes)")
-    pyopenms.LogConfigHandler.getInstance().setLogLevel("NONE")  # what is wrong comes as an exception, too
-    options, handler, experiment = pyopenms.PeakFileOptions(), pyopenms.FileHandler(), pyopenms.MSExperiment()
-    options.setMSLevels([1])
-    handler.setOptions(options)
-    try:
-        handler.loadExperiment(str(path), experiment)
-    except RuntimeError:  # its message names a line of C++; a parser of XML says where it ended
-        reason = "it is whole, but of a kind that OpenMS does not read"
-        try:
-            with matplotlib.cbook.open_file_cm(path, "rb") as file:  # it unpacks, too
-                expat.ParserCreate().ParseFile(file)
-        except Exception as error:  # of the parser, and of what unpacks
-            reason = f"damaged, cut off, or in another encoding than it declares? {first_line(error)}"
-        raise InputError(f"{path.name}: cannot be parsed as mzML or mzXML; {reason}") from None
+    def scans():
+        for rt, mz, intensity in all_scans:
+            strong = (intensity > 0) & (intensity >= min_intensity) & (intensity < np.inf)
+            if strong.any():
+                yield rt, mz[strong], intensity[strong]
 
-    unwanted = {"positive": "-", "negative": "+"}.get(only_polarity)
-    taken, polarities, kinds = [], set(), Counter()
+    return metadata, scans()
+
+
+def read_openms(path, polarities):
+    """Metadata and scans of mzML or mzXML. OpenMS unpacks, knows the unit of time and sorts m/z."""
+    experiment = load_experiment(path)
+    kept, found, kinds = [], set(), Counter()
     for i, spectrum in enumerate(experiment):
         settings = spectrum.getInstrumentSettings()
         mode = settings.getScanMode().name
-        polarity = {"POSITIVE": "+", "NEGATIVE": "-"}.get(settings.getPolarity().name, "")
-        if mode in ("EMR", "ABSORPTION", "EMISSION") or polarity == unwanted:
-            continue  # wavelengths are no masses
-        taken.append(i)
-        polarities.add(polarity)
-        # Full scans, SIM, BoxCar, lock mass or MSe; frames of ion mobility have a drift time, too, but are one kind.
-        function = re.findall(r"function=\d+|experiment=\d+", spectrum.getNativeID())  # Waters, Sciex
+        polarity = POLARITY.get(settings.getPolarity().name.lower(), "")
+        if mode in ("EMR", "ABSORPTION", "EMISSION") or polarity not in polarities:
+            continue  # UV/Vis, or the other polarity; "" (unknown) is in every string
+        kept.append(i)
+        found.add(polarity)
+        # Full scans, SIM, BoxCar, lock mass and MSe differ in these; frames of ion mobility do not.
+        function = re.findall(r"(?:function|experiment)=\d+", spectrum.getNativeID())  # Waters, Sciex
         windows = [(window.begin, window.end) for window in settings.getScanWindows()]
-        faims = spectrum.getDriftTimeUnit().name == "FAIMS_COMPENSATION_VOLTAGE" and spectrum.getDriftTime()
+        is_faims = spectrum.getDriftTimeUnit().name == "FAIMS_COMPENSATION_VOLTAGE"
+        faims = is_faims and spectrum.getDriftTime()
         kinds[mode, faims, *function, *windows] += 1
-    if polarities >= {"+", "-"}:
-        way = 'take one with convert.py --polarity, or with msconvert --filter "polarity positive"'
-        raise InputError(f"{path.name}: holds positive and negative scans; {way}")
-    recurring = sum(n > 1 for n in kinds.values())  # windows may follow the data of each scan
-    said = {"polarity": "".join(sorted(polarities)), "n_scans": len(taken), "scan_kinds": max(recurring, 1)}
-
-    started = experiment.getDateTime()
-    if started.isValid():
-        said["start_time"] = started.get()  # YYYY-MM-DD hh:mm:ss
-
-    def scans():
-        for i in taken:
-            spectrum = experiment[i]
-            mz, intensity = spectrum.get_peaks()
-            strong = (intensity > 0) & (intensity >= min_intensity) & (intensity < np.inf)
-            if strong.any():
-                yield spectrum.getRT() / 60, mz[strong], intensity[strong]
-
-    return said, scans()
+    if found >= {"+", "-"}:
+        way = 'choose with convert.py --polarity, or with msconvert --filter "polarity positive"'
+        raise InputError(f"{path.name}: has positive and negative scans; {way}")
+    recurring = sum(n > 1 for n in kinds.values())  # scan windows may follow the data
+    metadata = {"polarity": "".join(found), "n_scans": len(kept), "scan_kinds": max(recurring, 1)}
+    if experiment.getDateTime().isValid():
+        metadata["start_time"] = experiment.getDateTime().get()  # YYYY-MM-DD hh:mm:ss
+    spectra = (experiment[i] for i in kept)
+    return metadata, ((spectrum.getRT() / 60, *spectrum.get_peaks()) for spectrum in spectra)
 
 
-# ---------------------------------------------------------------- drift: the same sample on another day
+def load_experiment(path):
+    """MS1 spectra of mzML or mzXML as pyopenms.MSExperiment; InputError if it cannot be parsed."""
+    import pyopenms  # slow import: --help does without
+
+    pyopenms.LogConfigHandler.getInstance().setLogLevel("NONE")  # errors are raised anyway
+    options = pyopenms.PeakFileOptions()
+    options.setMSLevels([1])
+    handler = pyopenms.FileHandler()
+    handler.setOptions(options)
+    experiment = pyopenms.MSExperiment()
+    try:
+        handler.loadExperiment(str(path), experiment)
+    except RuntimeError:  # OpenMS names a line of its C++; expat tells where the file breaks
+        reason = "the XML is complete, but OpenMS cannot read it"
+        try:
+            with open_unpacked(path) as file:
+                expat.ParserCreate().ParseFile(file)
+        except Exception as error:  # of expat, gzip or bz2
+            reason = f"damaged, cut off, or in another encoding than declared? {first_line(error)}"
+        raise InputError(f"{path.name}: cannot be parsed as mzML or mzXML; {reason}") from None
+    return experiment
+
+
+def read_netcdf(path, polarities):
+    """Metadata and scans of ANDI-MS (netCDF 3, .CDF), which GC-MS and older LC-MS software exports."""
+    from scipy.io import netcdf_file  # slow import
+
+    try:
+        with open_unpacked(path) as file:
+            netcdf = netcdf_file(io.BytesIO(file.read()), maskandscale=True)
+        names = "scan_index point_count scan_acquisition_time mass_values intensity_values".split()
+        columns = [np.asarray(netcdf.variables[name][:], float) for name in names]
+        starts, counts, seconds, mz, intensity = columns
+        starts[counts == 0] = 0  # an empty scan may point anywhere
+        ends = starts + counts
+        if np.any((starts < 0) | (counts < 0) | (ends > min(len(mz), len(intensity)))):
+            raise ValueError("scan_index and point_count point outside the peaks")
+        scans = list(zip(seconds / 60, starts.astype(int), ends.astype(int), strict=True))
+    except Exception as error:  # of scipy, gzip or bz2
+        reason = f"damaged, cut off, or another format? {type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path.name}: cannot be read as ANDI-MS (netCDF 3); {reason}") from None
+
+    said = getattr(netcdf, "test_ionization_polarity", b"").decode("latin-1")  # Positive Polarity
+    polarity = POLARITY.get(said.lower()[:8], "")
+    if polarity not in polarities:
+        polarity, scans = "", []
+    metadata = {"polarity": polarity, "n_scans": len(scans), "scan_kinds": 1}
+    stamp = getattr(netcdf, "experiment_date_time_stamp", b"")[:14].decode("latin-1")
+    started = pd.to_datetime(stamp, format="%Y%m%d%H%M%S", errors="coerce")
+    if pd.notna(started):
+        metadata["start_time"] = str(started)
+    orders = ((rt, start + np.argsort(mz[start:end], kind="stable")) for rt, start, end in scans)
+    return metadata, ((rt, mz[order], intensity[order]) for rt, order in orders)
+
+
+def open_unpacked(path):
+    """Open a file for reading bytes; .gz and .bz2 are unpacked."""
+    opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower(), open)
+    return opener(path, "rb")
+
+
+def find_raw_files(folder):
+    """{sample name: path} of the raw files in a folder; InputError if two have the same name."""
+    raw_files = {}
+    for path in list_files([folder]):
+        name = RAW_FILE.fullmatch(path.name)
+        if not name:
+            found = first_few(os.listdir(folder)) or "nothing"
+            raise InputError(f"{folder}: {NO_RAW_FILE} (found: {found})")
+        other = raw_files.setdefault(name[1], path)
+        if other != path:
+            both = f"{other.name} and {path.name}"
+            raise InputError(f"{folder}: {both} are both sample '{name[1]}': keep one")
+    return raw_files
+
+
+def list_files(paths):
+    """[Path] of files; a folder stands for the raw files in it."""
+    files = []
+    for path in map(Path, paths):
+        inside = [file for file in sorted(path.glob("*")) if RAW_FILE.fullmatch(file.name)]
+        files += inside or [path]
+    return files
+
+
+# ---------------------------------------------------------------- how raw files differ
 def slow_waves(at):
-    """Waves (6, n) at fractions (n,) of an axis, as retention drifts along the gradient and sensitivity along m/z.
+    """Waves (6, n) at positions (n,), 0 to 1, of an axis: instruments drift smoothly along it.
 
-    Six normal random numbers c of standard deviation s make a random curve, c @ waves, whose standard deviation is s at
-    each place: the squares of sine and cosine add up to 1, and pair k has the weight 1 / k.
+    For six random numbers c of standard deviation s, c @ waves is a smooth random curve of standard
+    deviation s everywhere: sin^2 + cos^2 = 1, and pair k has the weight 1 / k.
     """
     phase = np.pi * np.asarray(at)
     waves = []
@@ -232,179 +321,163 @@ def slow_waves(at):
 
 
 def compute_chromatogram(picture):
-    """Mean log intensity (n_rt,), 0 ... 1, of a picture uint8 (n_mz, n_rt) at each retention time."""
+    """Picture uint8 (n_mz, n_rt) -> mean log intensity (n_rt,) at each retention time, 0 to 1."""
     return picture.mean(axis=0) / 255
 
 
-def measure_rt_shift(profile, typical, recipe):
-    """Minutes by which a profile (n_rt,) lies later than the typical one, a tenth of the axis at most.
+def measure_rt_shift(chromatogram, typical, recipe):
+    """Retention shift of a chromatogram (n_rt,) in minutes: positive if later, up to a tenth of the axis.
 
-    It is the lag at which the middle of the typical profile and what lies there in this one correlate best.
+    It is the lag that correlates best with the middle of the typical chromatogram (n_rt,).
     """
-    n, most = len(profile), len(profile) // 10
-    windows = np.lib.stride_tricks.sliding_window_view(profile, n - 2 * most)  # row `most` has no lag
-    windows = windows - windows.mean(axis=1, keepdims=True)  # so that the typical one need not have mean 0
-    likeness = windows @ typical[most : n - most] / np.maximum(np.linalg.norm(windows, axis=1), 1e-12)
-    likeness[most] += 1e-6  # of equals, no lag
-    return float((likeness.argmax() - most) * recipe.bin_size()[0])
+    n = len(chromatogram)
+    max_lag = n // 10
+    middle = typical[max_lag : n - max_lag]
+    windows = np.lib.stride_tricks.sliding_window_view(chromatogram, len(middle))  # (lag, time)
+    windows = windows - windows.mean(axis=1, keepdims=True)  # centring one of the two is enough
+    correlation = windows @ middle / np.maximum(np.linalg.norm(windows, axis=1), 1e-12)
+    correlation[max_lag] += 1e-6  # ties: prefer lag 0
+    return float((correlation.argmax() - max_lag) * recipe.bin_size()[0])
 
 
 def summarize_cohort(pictures, recipe):
-    """(typical profile (n_rt,), {statistic: a value a run}) of training pictures, the rows of find_pictures."""
-    profiles = [np.array(text.split(), float) for text in pictures["chromatogram"]]
-    typical = np.mean(profiles, axis=0)
+    """Typical chromatogram (n_rt,) and {statistic: list} of training pictures (see find_pictures)."""
+    chromatograms = [np.array(text.split(), float) for text in pictures["chromatogram"]]
+    typical = np.mean(chromatograms, axis=0)
     cohort = pictures[STATISTICS].astype(float).to_dict("list")
     cohort["polarity"] = pictures["polarity"].tolist()
-    cohort["rt_shift"] = [measure_rt_shift(profile, typical, recipe) for profile in profiles]
+    cohort["rt_shift"] = [measure_rt_shift(one, typical, recipe) for one in chromatograms]
     return typical, cohort
 
 
 def find_anomalies(statistics, cohort, recipe, others="training runs"):
-    """What lies far beyond nine of ten other runs in the statistics of a run, as one line; '' if nothing does.
+    """One line on statistics far outside the 5-95 % range of a cohort ({statistic: list}), or "".
 
     The margins are wide, as a small cohort of one batch varies less than instruments do.
     """
     cohort = pd.DataFrame(cohort)
-    low, high = (cohort.quantile(share, numeric_only=True) for share in (0.05, 0.95))
+    low = cohort.quantile(0.05, numeric_only=True)
+    high = cohort.quantile(0.95, numeric_only=True)
     rt = 0.1 * (high["rt_last"] - low["rt_first"])  # a tenth of the axis
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
-    margins = {"outside": 0.05, "rt_first": rt, "rt_last": rt, "rt_gap": rt, "mz_low": mz, "mz_high": mz}
-    margins |= {"scan_kinds": 0, "rt_shift": 2 * recipe.bin_size()[0]}
-    limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items() if name in low}
-    for name, factor in {"total_intensity": 3, "n_peaks": 3, "n_scans": 1.5}.items():
-        limits[name] = low[name] / factor, high[name] * factor
+    margin = {"rt_first": rt, "rt_last": rt, "rt_gap": rt, "mz_low": mz, "mz_high": mz, "outside": 0.05}
+    margin = pd.Series(margin | {"scan_kinds": 0, "rt_shift": 2 * recipe.bin_size()[0]})
+    factor = pd.Series({"total_intensity": 3, "n_peaks": 3, "n_scans": 1.5})
+    least = (low - margin).fillna(low / factor).dropna()
+    most = (high + margin).fillna(high * factor)
     warnings = []
-    for name, (least, most) in limits.items():
-        if not least <= statistics[name] <= most:
-            usual = f"{low[name]:.4g} to {high[name]:.4g}" if low[name] < high[name] else f"{low[name]:.4g}"
+    for name in least.index:
+        if not least[name] <= statistics[name] <= most[name]:
+            usual = f"{low[name]:.4g}"
+            if low[name] < high[name]:
+                usual += f" to {high[name]:.4g}"
             warnings.append(f"{name} is {statistics[name]:.4g} ({others}: {usual})")
     if statistics["polarity"] not in set(cohort["polarity"]):
         warnings.append(f"polarity is {statistics['polarity'] or 'unknown'}, unlike the {others}")
     return "; ".join(warnings)
 
 
-# ---------------------------------------------------------------- raw runs and pictures of a data set
-def find_raw_files(folder):
-    """{sample name: path} of the mzML and mzXML files in a folder, packed or not."""
-    runs = {}
-    for path in filter(is_raw_file, sorted(Path(folder).iterdir())):
-        name = RAW_FILE.fullmatch(path.name)[1]
-        if name in runs:
-            raise InputError(f"{folder}: {runs[name].name} and {path.name} are both sample '{name}': keep one")
-        runs[name] = path
-    if not runs:
-        found = first_few(os.listdir(folder)) or "nothing"
-        raise InputError(f"{folder}: no mzML or mzXML (found: {found}); msconvert makes mzML of what instruments write")
-    return runs
-
-
-def is_raw_file(path):
-    return RAW_FILE.fullmatch(path.name)
-
-
-def list_files(paths):
-    """[Path] of files, and of the runs in those that are folders."""
-    files = []
-    for path in map(Path, paths):
-        files += sorted(filter(is_raw_file, path.glob("*"))) or [path]
-    return files
-
-
+# ---------------------------------------------------------------- the pictures of a data set
 def find_pictures(data_dir, splits=None):
-    """Table of the pictures of a data set, of these splits or all it has, and the Recipe of all; reads no pixels.
+    """Table of the pictures of a data set, in these splits or all, and their Recipe; reads no pixels.
 
-    Its columns are path, split, phenotype, sample_name, copy (is it shifted?), profile, digest (of its pixels), the
-    statistics of the run, and those of samples.csv.
+    Columns: path, split, phenotype, sample_name, copy (is it a shifted copy?), chromatogram, digest
+    (of the pixels), the statistics of the raw file, and the columns of samples.csv.
     """
-    data_dir, rows, expected = Path(data_dir), [], None
+    data_dir = Path(data_dir)
     if not (data_dir / "samples.csv").is_file():
-        raise InputError(f"{data_dir}: no such data set (--data), or an unfinished one: run convert.py to its end")
-    for split in splits or [split for split in SPLITS if any(data_dir.glob(f"{split}/[!.]*/[!.]*.png"))] or SPLITS:
-        paths = sorted(data_dir.glob(f"{split}/[!.]*/[!.]*.png"))
-        if not paths:
+        raise InputError(f"{data_dir}: no such data set (--data), or unfinished: run convert.py again")
+    found = {split: sorted(data_dir.glob(f"{split}/[!.]*/[!.]*.png")) for split in SPLITS}
+    saved = ("sample_name", "chromatogram", "digest", *STATISTICS, "polarity")
+    rows, expected = [], None
+    for split in splits or list(filter(found.get, SPLITS)) or SPLITS:
+        if not found[split]:
             raise InputError(f"{data_dir}: no pictures in {split}/<phenotype>/*.png")
-        for path in paths:
+        for path in found[split]:
             text, recipe = read_header(path)
             expected = expected or recipe
             check_recipe(recipe, expected, path)
-            row = {"path": path, "split": split, "phenotype": path.parent.name, "sample_name": text["sample_name"]}
-            row |= {"copy": text["shift"] != "0 0", "chromatogram": text["chromatogram"], "digest": text["digest"]}
-            rows.append(row | {name: text.get(name, "") for name in (*STATISTICS, "polarity")})
-    table, samples = pd.DataFrame(rows), read_table(data_dir / "samples.csv")
+            row = {name: text.get(name, "") for name in saved}
+            place = {"path": path, "split": split, "phenotype": path.parent.name}
+            rows.append(place | row | {"copy": text["shift"] != "0 0"})
+    table = pd.DataFrame(rows)
+    samples = read_table(data_dir / "samples.csv")
     check_pictures(table[~table["copy"]], samples, data_dir)
     samples = samples.drop(columns=table.columns.drop("sample_name"), errors="ignore")
     return table.merge(samples, on="sample_name", how="left"), expected
 
 
 def check_pictures(originals, samples, data_dir):
-    """Refuse what convert.py refuses, as people move pictures by hand and spreadsheets rewrite samples.csv."""
+    """Refuse what convert.py refuses: people move pictures, and spreadsheets rewrite samples.csv."""
     names, listed = originals["sample_name"], samples["sample_name"]
-    for several in (names[names.duplicated()], listed[listed.duplicated()]):
-        if len(several):
-            raise InputError(
-                f"{data_dir}: in two splits or phenotypes, or two rows of samples.csv: {first_few(several)}"
-            )
-    phenotypes = set(originals["phenotype"])
-    if len(phenotypes) > len(set(map(normalize_name, phenotypes))):
-        raise InputError(f"{data_dir}: one phenotype in two spellings: {first_few(phenotypes)}")
-    in_splits = originals.groupby("digest")["split"].transform("nunique")
-    if (in_splits > 1).any():
-        raise InputError(f"{data_dir}: the same picture in two splits: {first_few(names[in_splits > 1])}")
-    made = samples["status"].eq("ok") & samples["split"].isin(originals["split"])
-    problems = {"rows without pictures": set(listed[made]) - set(names)}
-    problems["pictures without rows"] = set(names) - set(listed)
-    for what, concerned in problems.items():
-        if concerned:
-            raise InputError(f"{data_dir}/samples.csv has {what}: {first_few(concerned)}")
+    expected = listed[samples["status"].eq("ok") & samples["split"].isin(originals["split"])]
+    n_splits = originals.groupby("digest")["split"].transform("nunique")
+    problems = {
+        "a sample in two splits or phenotypes": names[names.duplicated()],
+        "two rows of samples.csv for one sample": listed[listed.duplicated()],
+        "one phenotype in two spellings": find_spellings(originals["phenotype"]),
+        "the same picture in two splits": names[n_splits > 1],
+        "samples.csv has rows without pictures": set(expected) - set(names),
+        "samples.csv has no rows for pictures": set(names) - set(listed),
+    }
+    for problem, concerned in problems.items():
+        if len(concerned):
+            raise InputError(f"{data_dir}: {problem}: {first_few(concerned)}")
 
 
-def normalize_name(name):
-    """The same text for spellings of a name that look alike: capitals, and the two forms of an accent."""
-    return unicodedata.normalize("NFC", name).casefold()
+def find_spellings(names):
+    """Names of a column that differ from another only in capitals or in the form of an accent."""
+    names = names.drop_duplicates()
+    folded = names.map(lambda name: unicodedata.normalize("NFC", name).casefold())
+    return names[folded.duplicated(keep=False)]
 
 
 def digest_pictures(pictures, recipe):
-    """What data set is this? A number of its pictures and what they are named and labelled, on any system and path."""
+    """Identity of a data set: a number from its pictures, names and labels, on any path and system."""
     rows = pictures[["sample_name", "phenotype", "split", "group", "digest"]].agg("\t".join, axis=1)
     return zlib.crc32("\n".join([repr(recipe), *sorted(rows)]).encode())
 
 
 def check_recipe(recipe, expected, path):
-    """Refuse pictures of another kind: on other axes the same pixel is another compound."""
+    """Refuse a picture of other settings: on other axes the same pixel is another compound."""
     if differing := first_difference(vars(recipe), vars(expected)):
-        other = "{} is {}, not {}".format(*differing)
-        raise InputError(f"{path}: another kind of picture than the others or the run's: {other}")
+        difference = "{} is {}, not {}".format(*differing)
+        raise InputError(f"{path}: another kind of picture than the others or the run's: {difference}")
 
 
 def read_header(path):
-    """(text chunks, Recipe) of a PNG that convert.py made; its pixels are not read."""
-    try:
-        with Image.open(path) as image:
-            recipe = Recipe.from_text(image.info)
-            if image.mode != "P" or image.size != recipe.bins or not {"chromatogram", "digest"} <= set(image.info):
-                raise ValueError("other pixels than its recipe says")
-            return image.info, recipe
-    except (OSError, SyntaxError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a whole picture of this convert.py ({error}); make it again") from None
+    """(text chunks, Recipe) of a PNG made by convert.py; its pixels are not read."""
+    with open_png(path) as image:
+        recipe = Recipe.from_text(image.info)
+        if image.mode != "P" or image.size != recipe.bins or not {"chromatogram", "digest"} <= set(image.info):
+            raise ValueError("its pixels or text do not match its recipe")
+        return image.info, recipe
 
 
 def read_picture(path):
-    """Picture uint8 (height, width) of a PNG: its log intensity in 256 levels, whose colours are the PNG's palette."""
+    """Picture uint8 (height, width) of a PNG: log intensity in 256 levels; its palette is not used."""
+    with open_png(path) as image:
+        return np.array(image)
+
+
+@contextmanager
+def open_png(path):
+    """Yield an open PNG; InputError if it cannot be read or is not one of convert.py."""
     try:
         with Image.open(path) as image:
-            return np.array(image)
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: not a whole picture ({error}); make it again") from None
+            yield image
+    except (OSError, SyntaxError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a complete picture of this convert.py ({error}); make it again") from None
 
 
-# ---------------------------------------------------------------- what is learned, and how well
+# ---------------------------------------------------------------- labels and metrics
 def make_labels(pictures, classes):
     """Label (N,) of each row of find_pictures: the index of its phenotype among the classes."""
     return pictures["phenotype"].map(classes.index).to_numpy()
 
 
 def to_probabilities(logits):
-    """Logits (N, 1) of class 1, or (N, K), -> probability of each class (N, 2 or K). From log p (N, K) it is p."""
+    """Logits of class 1 (N, 1), or logits or log p of each class (N, K) -> probabilities (N, 2 or K)."""
     logits = np.asarray(logits, float)
     if logits.shape[1] == 1:
         logits = np.hstack([np.zeros_like(logits), logits])
@@ -412,81 +485,86 @@ def to_probabilities(logits):
 
 
 def predict_classes(probabilities, threshold=0.5):
-    """Class (N,) of probabilities (N, K): of two, class 1 from `threshold` on; of more, the most probable."""
+    """Predicted class (N,). Two: class 1 if its probability >= threshold; more: the most probable."""
     if probabilities.shape[1] > 2:
         return probabilities.argmax(axis=1)
     return (probabilities[:, 1] >= threshold).astype(int)
 
 
-def count_confusions(labels, called, n_classes):
-    """Number of pictures of each class (row) that are called each class (column)."""
-    confusion = np.zeros((n_classes, n_classes), int)
-    np.add.at(confusion, (labels, called), 1)
-    return confusion
-
-
 def compute_metrics(labels, logits, threshold=0.5):
-    """{name: value} of logits (N, 1 or K); nan where undefined. Two classes: of class 1; more: means over them.
+    """{metric: value} of labels (N,) and logits (N, 1 or K); nan if undefined.
 
-    A name here is a column of epochs.csv and a line of every table; the first three are shown while training.
+    Two classes: for class 1; more: means. A name here is a column of epochs.csv and a row of every
+    table; the first three are shown during training.
     """
     probabilities = to_probabilities(logits)
     n_classes = probabilities.shape[1]
-    confusion = count_confusions(labels, predict_classes(probabilities, threshold), n_classes)
-    hits, actual, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    actual = np.eye(n_classes)[labels]  # one-hot (N, K)
+    predicted = np.eye(n_classes)[predict_classes(probabilities, threshold)]
+    n_actual, n_predicted, n_correct = actual.sum(0), predicted.sum(0), (actual * predicted).sum(0)
     shown = [1] if n_classes == 2 else range(n_classes)
-    squared_error = ((probabilities - np.eye(n_classes)[labels]) ** 2).sum(1).mean()
+    squared_error = ((probabilities - actual) ** 2).sum(1).mean()
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan
         return {
-            "accuracy": hits.sum() / len(labels),
-            "f1": (2 * hits / (actual + called))[shown].mean(),
+            "accuracy": n_correct.sum() / len(labels),
+            "f1": (2 * n_correct / (n_actual + n_predicted))[shown].mean(),
             "roc_auc": np.mean([roc_auc(labels == k, probabilities[:, k]) for k in shown]),
-            "balanced_accuracy": (hits / actual).mean(),
-            "precision": (hits / called)[shown].mean(),
-            "recall": (hits / actual)[shown].mean(),
-            "specificity": (1 - (called - hits) / (len(labels) - actual))[shown].mean(),
+            "balanced_accuracy": (n_correct / n_actual).mean(),
+            "precision": (n_correct / n_predicted)[shown].mean(),
+            "recall": (n_correct / n_actual)[shown].mean(),
+            "specificity": (1 - (n_predicted - n_correct) / (len(labels) - n_actual))[shown].mean(),
             "brier": squared_error / 2 if n_classes == 2 else squared_error,
         }
 
 
 def roc_auc(positive, score):
-    """Chance that a positive scores above a negative, ties counting half (Mann-Whitney); nan with one class only."""
+    """Share of pairs in which the positive scores higher, ties counting half; nan for one class."""
     n_positive = positive.sum()
     n_negative = len(positive) - n_positive
-    least = n_positive * (n_positive + 1) / 2  # sum of their ranks if all positives came last
+    least = n_positive * (n_positive + 1) / 2  # smallest possible sum of the positives' ranks
     with np.errstate(invalid="ignore"):
         return (rankdata(score)[positive].sum() - least) / (n_positive * n_negative)
 
 
 # ---------------------------------------------------------------- files and command lines
 class InputError(ValueError):
-    """Something the user can put right: its message, one line, names the file, flag or column."""
+    """A user error: its message, one line, names the file, flag or column and says what to do."""
 
 
 def run_script(main):
-    """Call main; what the user can put right ends in one line and exit status 1, anything else in a traceback."""
+    """Call main. A user error ends in one line and exit status 1, another error in a traceback.
+
+    Under torchrun process 0 prints, and the first process that fails ends all.
+    """
+    script = Path(sys.argv[0]).name
+    if WORLD > 1 and script in ("evaluate.py", "explain.py"):
+        sys.exit(f"{script}: needs one process only, start it without torchrun" if RANK == 0 else 1)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+        argparse.ArgumentParser.error = lambda parser, message: sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a locale may lack a letter of a name
+        stream.reconfigure(errors="backslashreplace")  # a locale may lack letters
     try:
         sys.exit(main())
     except (InputError, OSError) as error:
-        # A loader's worker puts its traceback before the message.
-        reason = str(error).rpartition("InputError: ")[2].strip()
-        sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
+        reason = str(error).rpartition("InputError: ")[2].strip()  # after a loader's traceback
+        time.sleep(3 if RANK > 0 else 0)  # if process 0 has the same error, it prints and ends this one
+        sys.exit(f"{script}: {reason}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on where it stopped")
+        sys.exit("interrupted; run the same command again to continue")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it stands, and the default of every flag that has one."""
+    """Print the docstring as it is, and the default of every flag that has one."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 def cores():
-    """How many cores this process may use; a scheduler may allot a few of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Number of cores for this process; a scheduler may allot few, and torchrun's processes share them."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, n // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def share(text):
@@ -497,7 +575,7 @@ def share(text):
 
 
 def count(text):
-    """Type of a flag that counts: 1, 2, 3 and so on."""
+    """Type of a flag that is a whole number, at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return int(text)
@@ -505,7 +583,7 @@ def count(text):
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary path that becomes `path` when the block ends well: a file is whole or not there."""
+    """Yield a temporary path, renamed to `path` if the block succeeds: no half file remains."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -540,22 +618,23 @@ def write_table(path, table):
 
 
 def read_table(path, skiprows=0, **options):
-    """DataFrame of text, titles cleaned; commas, semicolons or tabs, byte-order mark or none. options: of read_csv."""
+    """DataFrame of text; commas, semicolons or tabs; titles cleaned. options: of pandas.read_csv."""
     options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"} | options
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.readlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         skiprows += lines[skiprows].startswith("sep=")  # Excel's own first line
-        header = re.match(r'("[^"]*"|[^"\n])*', "".join(lines[skiprows:]))[0]  # a quoted title may hold a line break
+        rest = "\n".join(lines[skiprows:])
+        header = re.match(r'("[^"]*"|[^"\n])*', rest)[0]  # a quoted title may contain a line break
         separator = max(",;\t", key=header.count)
         table = pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
-    except (ValueError, IndexError, OSError) as error:  # of pandas, too: ragged lines, no columns, not UTF-8
-        raise InputError(f"{path}: is no table of text ({first_line(error)})") from None
-    if not table.index.equals(pd.RangeIndex(len(table))):  # pandas took the first fields for names of the rows
-        raise InputError(f"{path}: its rows have more fields than its header; name each column, or delete empty ones")
+    except (ValueError, IndexError, OSError) as error:  # ragged lines, no columns, not UTF-8
+        raise InputError(f"{path}: cannot be read as a table ({first_line(error)})") from None
+    if not table.index.equals(pd.RangeIndex(len(table))):  # pandas made row names of the first fields
+        raise InputError(f"{path}: its rows have more fields than its header; name or delete columns")
     titles = table.columns.map(clean_title)
     if titles.has_duplicates:
-        raise InputError(f"{path}: two columns mean the same: {first_few(table.columns[titles.duplicated(False)])}")
+        same = first_few(table.columns[titles.duplicated(keep=False)])
+        raise InputError(f"{path}: two columns mean the same: {same}")
     return table.set_axis(titles, axis=1)
 
 
@@ -565,14 +644,14 @@ def clean_title(title):
 
 
 def first_difference(before, now):
-    """(name, value before, value now) of the first setting that differs, None if all of `now` are the same."""
+    """(name, value before, value now) of the first setting in `now` that differs, or None."""
     for name, value in now.items():
         if before.get(name) != value:
             return name, before.get(name), value
 
 
 def first_line(error):
-    """Of an exception's message: libraries like to write pages."""
+    """First line of an exception's message, as libraries may print pages."""
     return str(error).strip().partition("\n")[0][:150] or type(error).__name__
 
 

@@ -1,13 +1,13 @@
-"""Judge a run on pictures it has never seen, predict new raw runs, compare many runs.
+"""Evaluate a run on pictures it has never seen, predict new raw files, compare many runs.
 
-Article: "Evaluating the final model" (test metrics, Figure 5), and the tables and figures that rank architectures
-(Tables 1 and 2), replicates (Figure 1) and kinds of picture (Figure 3). Beside every verdict stands what else could
-explain it: chance, the order of measurement, drift.
+Article: "Evaluating the final model" (test metrics, Figure 5), and the tables and figures that rank
+architectures (Tables 1 and 2), replicates (Figure 1) and kinds of picture (Figure 3). The report
+also tests possible confounders, such as batch, order of measurement and retention shift.
 
-    python evaluate.py                                                    # the newest run on its test split
-    python evaluate.py runs/golestan/convnext_large/seed2643 --predict new/*.mzML --out new_predictions.csv
-    python evaluate.py runs/golestan                    # every run below, by its validation split: no look at the test
-    python evaluate.py runs/golestan/convnext_large --ensemble            # its folds or repeats vote on the test split
+    python evaluate.py                                          # the newest run, test split
+    python evaluate.py runs/golestan/convnext_large/seed2643 --predict new/*.mzML --out new.csv
+    python evaluate.py runs/golestan                            # compare runs, without a test split
+    python evaluate.py runs/golestan/convnext_large --ensemble  # mean of folds or repeats
 """
 
 import argparse
@@ -20,637 +20,597 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest, chi2_contingency, false_discovery_control, kruskal, norm, rankdata
+from scipy.stats import binomtest, chi2_contingency, false_discovery_control, kruskal, norm
 from tqdm import tqdm
 
-from deeplcms import (
-    RAW_FILE,
-    SPLITS,
-    Help,
-    InputError,
-    predict_classes,
-    check_recipe,
-    summarize_cohort,
-    colours,
-    count_confusions,
-)
-from deeplcms import (
-    digest_pictures,
-    measure_rt_shift,
-    list_files,
-    find_pictures,
-    first_few,
-    first_line,
-    make_labels,
-    compute_metrics,
-)
-from deeplcms import make_picture, to_probabilities, compute_chromatogram, read_header, read_json, read_picture, roc_auc
-from deeplcms import run_script, share, find_anomalies, write_json, write_table, write_text
-from train import (
-    score_epoch,
-    find_kept_epoch,
-    figure,
-    find_run,
-    make_inputs,
-    split_metrics,
-    load_run,
-    predict,
-    progress,
-    find_runs,
-)
+from deeplcms import RAW_FILE, SPLITS, Help, InputError, check_recipe, colours, compute_chromatogram
+from deeplcms import compute_metrics, digest_pictures, find_anomalies, find_pictures, first_few
+from deeplcms import first_line, list_files, make_labels, make_picture, measure_rt_shift
+from deeplcms import predict_classes, read_header, read_json, read_picture, roc_auc, run_script
+from deeplcms import share, summarize_cohort, to_probabilities, write_json, write_table, write_text
+from train import figure, find_kept_epoch, find_run, find_runs, load_run, make_inputs, predict
+from train import progress, score_epoch, split_metrics
+
+MIN_GROUPS = 10  # of each class, for an interval
+RESAMPLES = 2000  # of the bootstrap
+SEED = 2643
+COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # Tables 1 and 2
+NUMBERS = {"float_format": "{:.3f}".format, "na_rep": "undefined"}  # in printed tables
+# Columns of find_pictures that identify a picture or give its class: they are no confounders.
+NO_CONFOUNDERS = "path split phenotype sample_name copy chromatogram digest group status".split()
+# Headings of comparison.md
+ALL_RUNS = """Runs, sorted by `judged`, then by val_loss. "out of fold": weights that were not fitted to a
+picture predict it. "validation": the pictures may have chosen the epoch, so val_ is too good."""
+ALL_FOLDS = "Held-out pictures of all folds. Folds differ in calibration, so distrust their AUC."
+P_VALUES = """Kruskal-Wallis test of all groups, then Dunn's test of each pair, adjusted within each
+metric (Benjamini and Hochberg). The runs share their people: p says nothing about new people."""
 
 
-RESAMPLES, SEED, FEWEST = 2000, 2643, 10
-COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # article, Tables 1 and 2
-DUNN = """Kruskal-Wallis over all groups, then Dunn's test for each pair, adjusted after Benjamini and Hochberg within
-each metric. Replicates are trainings on the same people: a small p speaks of training, not of new people."""
-JUDGED = """judged out of fold: each picture by weights it took no part in; judged by validation: by pictures that may
-have chosen the epoch, so that these figures are too good beside the others. Sorted by judged, then by val_loss."""
-FOLDS = "The fold that held it out judges each picture. Folds are calibrated differently, so distrust a pooled AUC."
-# Columns of find_pictures that name a run or its class; any other may tell how it was measured.
-NO_CONFOUNDERS = "path split phenotype sample_name copy chromatogram digest label group status".split()
+# ---------------------------------------------------------------- one run, or an ensemble
+def evaluate(runs, home, args):
+    """Evaluate a run, or an ensemble, on one split; write to --out, `home` or a folder in it."""
+    models, checkpoints = load_ensemble(runs)
+    recipe = checkpoints[0]["recipe"]
+    config = checkpoints[0]["config"]
+    classes = config["classes"]
+    data = args.data or config["data"]
+    table, pictures = read_split(checkpoints[0], data, args.split)
+    check_unseen(table, checkpoints, f"{data}, {args.split}")
+    members = predict_probabilities(models, recipe, pictures)
+    known = table[["sample_name", "group", "phenotype"]]
+    predictions = known.join(tabulate(members, classes, args.threshold)).assign(file=table["path"])
+    correct = np.where(predictions["predicted"] == predictions["phenotype"], "yes", "no")
+    predictions.insert(4, "correct", correct)
+    confusion = pd.crosstab(predictions["phenotype"], predictions["predicted"])
+    confusion = confusion.reindex(index=classes, columns=classes, fill_value=0)
+    logits = np.log(members.mean(axis=0))
+    metrics = compute_intervals(make_labels(table, classes), logits, table["group"], args.threshold)
+
+    subject = f"{args.data or config['data_set']}, {args.split} split, {len(table)} pictures"
+    title = make_title(checkpoints, subject)
+    rule = describe_rule(classes, args.threshold)
+    print(title, rule, "", confusion, "", metrics.to_string(**NUMBERS), sep="\n")
+    if metrics["low"].isna().all():
+        print(f"no intervals: they need {MIN_GROUPS} pictures (or groups) of each class")
+    everything, _ = find_pictures(data)
+    result = {
+        "title": title,
+        "run": ", ".join(map(str, runs)),
+        "split": args.split,
+        "threshold": None,
+        "rule": rule,
+        "classes": classes,
+        "confusion": confusion.values.tolist(),
+        "metrics": metrics.replace({np.nan: None}).to_dict("index"),
+        **report_confounders(everything, recipe),
+    }
+    if len(classes) == 2:
+        (tn, fp), (fn, tp) = result["confusion"]
+        result |= {"threshold": args.threshold, "tn": tn, "fp": fp, "fn": fn, "tp": tp}
+
+    folder = home if args.split == "test" else home / args.split
+    fitted = everything.query("split != 'test'")
+    if digest_pictures(fitted, recipe) != config["settings"]["pictures"]:  # another data set
+        name = Path(data).resolve().name
+        folder = home / f"{name}-{digest_pictures(table, recipe):08x}-{args.split}"
+    folder = Path(args.out or folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", result)
+    write_table(folder / "predictions.csv", predictions)
+    draw_test(folder / "test.png", title, predictions, confusion, metrics)
+    draw_prediction_matrix(folder / "prediction_matrix.png", title, predictions, pictures, recipe)
+    print(f"\nresults: {folder}/")
 
 
-# ---------------------------------------------------------------- what a title says, and who votes
-def list_cautions(config):
-    """What every table and title that quotes a run must say about it; an ordinary run gives an empty list."""
-    origin, notes = config["settings"]["weights"], []
-    if origin in ("no network", "random initialisation"):
-        notes.append(origin)
-    if config["settings"]["shuffle_labels"]:
-        notes.append("trained on shuffled labels")
-    return notes
+def report_confounders(everything, recipe):
+    """Print confounders in all splits of a data set, and return their part of metrics.json."""
+    originals = everything.query("not copy")
+    _, cohort = summarize_cohort(originals, recipe)
+    table, not_tested = find_confounders(originals.assign(rt_shift=cohort["rt_shift"]))
+    flagged = flag_confounders(table)
+    print(f"\nConfounders: how well each alone separates the phenotypes of all {len(originals)} pictures")
+    print(table.to_string(**NUMBERS))
+    for name, reason in not_tested.items():
+        print(f"not tested: {name} ({reason})")
+    for name in flagged:
+        print(f"warning: {name} separates the phenotypes; the classifier may have learned {name}")
+    table = table.replace({np.nan: None}).to_dict("index")
+    return {"confounders": table, "flagged": flagged, "not_looked_at": not_tested}
 
 
-def make_title(checkpoints, what):
-    """'pixels on golestan; no network', of several 'ensemble of 5; pixels on ...'; "; " breaks a figure's title."""
-    backbones = sorted({checkpoint["config"]["settings"]["backbone"] for checkpoint in checkpoints})
-    parts = [f"{', '.join(backbones)} on {what}"]
-    if len(checkpoints) > 1:
-        parts.insert(0, f"ensemble of {len(checkpoints)}")
-    for checkpoint in checkpoints:
-        parts += list_cautions(checkpoint["config"])
-        if checkpoint["by_chance"]:
-            parts.append("on validation pictures no better than chance")
-    return "; ".join(dict.fromkeys(parts))  # each once
-
-
-def load_members(runs):
-    """(models, checkpoints) of runs; several must have learned to tell the same classes apart on the same pictures."""
+def load_ensemble(runs):
+    """(models, checkpoints) of runs; InputError unless all have the same data set and classes."""
     models, checkpoints = zip(*map(load_run, runs), strict=True)
     first = checkpoints[0]["config"]
     for run, checkpoint in zip(runs, checkpoints, strict=True):
         config = checkpoint["config"]
-        check_recipe(checkpoint["recipe"], checkpoints[0]["recipe"], run)
+        print(f"run {run}, epoch {checkpoint['epoch']}")
         if config["classes"] != first["classes"]:
-            raise InputError(f"{run}: its classes, or which of them is positive, are not those of {runs[0]}")
+            raise InputError(f"{run}: its classes, or their order, differ from those of {runs[0]}")
         if config["settings"]["pictures"] != first["settings"]["pictures"]:
-            raise InputError(f"{run}: its data set, or how it was split, is not that of {runs[0]}")
+            raise InputError(f"{run}: its data set, or its split, differs from that of {runs[0]}")
     return models, checkpoints
 
 
-def is_own(checkpoint, pictures, recipe):
-    """Are the training and validation pictures of this table those of the run, wherever they lie?"""
-    pictures = pictures[pictures["split"].isin(("train", "val"))]
-    return len(pictures) > 0 and digest_pictures(pictures, recipe) == checkpoint["config"]["settings"]["pictures"]
+def check_unseen(table, checkpoints, where):
+    """Refuse pictures that a run was fitted to, and phenotypes that are not among its classes."""
+    fitted = np.concatenate([checkpoint["fitted"] for checkpoint in checkpoints])
+    seen = table["sample_name"][table["digest"].isin(fitted)]
+    if len(seen):
+        refused = f"{len(seen)} of these {len(table)} pictures: {first_few(seen)}"
+        raise InputError(f"{where}: the run was fitted to {refused}")
+    classes = checkpoints[0]["config"]["classes"]
+    if unknown := set(table["phenotype"]) - set(classes):
+        known = ", ".join(classes)
+        raise InputError(f"{where}: {first_few(unknown)}: not among the run's classes, {known}")
 
 
 def read_split(checkpoint, data, split):
-    """Table of one split, or of all, without copies, and its pictures; InputError unless they are of the run's kind."""
-    data = data or checkpoint["config"]["data"]
+    """Table and pictures [uint8 (H, W)] of a split, or of "all", without shifted copies."""
     table, recipe = find_pictures(data, None if split == "all" else (split,))
     check_recipe(recipe, checkpoint["recipe"], data)
-    table = table[~table["copy"]].reset_index(drop=True)
-    return table, [read_picture(path) for path in tqdm(table["path"], desc="reading", disable=None, leave=False)]
-
-
-def read_unseen(checkpoints, data, split):
-    """The same with labels; no member was fitted to one of these pictures, and each is of one of its classes."""
-    config = checkpoints[0]["config"]
-    table, pictures = read_split(checkpoints[0], data, split)
-    where = f"{data or config['data']}, {split}"
-    seen = table["digest"].isin([digest for checkpoint in checkpoints for digest in checkpoint["fitted"]])
-    if seen.any():
-        names = first_few(table["sample_name"][seen])
-        raise InputError(f"{where}: the run was fitted to {seen.sum()} of these {len(seen)} pictures: {names}")
-    if unknown := set(table["phenotype"]) - set(config["classes"]):
-        raise InputError(f"{where}: {first_few(unknown)} is none of the run's classes, {', '.join(config['classes'])}")
-    return table.assign(label=make_labels(table, config["classes"])), pictures
-
-
-def read_files(files, recipe):
-    """Table of raw runs and PNGs, and their pictures [uint8 (height, width)]; one that is unreadable costs no other.
-
-    Columns: file, group (the file), sample_name, phenotype (of a PNG its folder, else ''), statistics (of a raw run).
-    """
-    rows, pictures = [], []
-    for path in tqdm(files, desc="reading", unit="file", disable=None):
-        name, phenotype, statistics = path.stem, path.resolve().parent.name, None
-        try:
-            if path.suffix.lower() == ".png":
-                check_recipe(read_header(path)[1], recipe, path)
-                picture = read_picture(path)
-            else:
-                picture, statistics = make_picture(path, recipe)
-                name, phenotype = RAW_FILE.fullmatch(path.name)[1], ""
-        except (InputError, OSError) as error:
-            if len(files) == 1:
-                raise
-            tqdm.write(f"left out: {error}", file=sys.stderr)
-            continue
-        rows.append([str(path), str(path), name, phenotype, statistics])
-        pictures.append(picture)
-    if not rows:
-        raise InputError(f"none of the {len(files)} files can be read")
-    return pd.DataFrame(rows, columns=["file", "group", "sample_name", "phenotype", "statistics"]), pictures
+    table = table.query("not copy").reset_index(drop=True)
+    paths = tqdm(table["path"], desc="reading", disable=None, leave=False)
+    return table, [read_picture(path) for path in paths]
 
 
 def predict_probabilities(models, recipe, pictures):
-    """Probability (member, picture, class) that each model gives to each class of pictures [uint8 (H, W)]."""
-    votes = []
+    """Probability (model, picture, class) of each class for pictures [uint8 (H, W)]."""
+    members = []
     for model in models:
         starts = progress(range(0, len(pictures), 32), "classifying")
         batches = ((make_inputs(model, recipe, pictures[i : i + 32]), None) for i in starts)
         logits = torch.cat([logits for logits, _ in predict(model, batches)])
         if not logits.isfinite().all():
-            raise InputError("the run's weights give no finite numbers: train it again with a lower --lr")
-        votes.append(to_probabilities(logits))
-    return np.stack(votes).clip(1e-300)  # never 0: its logarithm serves as a logit
+            raise InputError("the run's logits are not finite: train it again with a lower --lr")
+        members.append(to_probabilities(logits))
+    return np.stack(members).clip(1e-300)  # above 0, as its logarithm serves as a logit
 
 
-def tabulate_predictions(votes, classes, threshold):
-    """Table of the class called, its mean probability and that of the others, and of several votes its deviation."""
-    called = predict_classes(votes.mean(0), threshold)
-    table = pd.DataFrame({"predicted": [classes[k] for k in called]})
-    table[[f"probability_{name}" for name in classes]] = votes.mean(0)
-    if len(votes) > 1:
-        table["probability_std"] = votes.std(0)[np.arange(len(called)), called]
+def tabulate(members, classes, threshold):
+    """Table of predicted class, and mean and deviation of probabilities (model, picture, class)."""
+    mean = members.mean(axis=0)
+    predicted = predict_classes(mean, threshold)
+    table = pd.DataFrame({"predicted": np.take(classes, predicted)})
+    table[[f"probability_{name}" for name in classes]] = mean
+    if len(members) > 1:
+        table["probability_std"] = members.std(axis=0)[table.index, predicted]
     return table
 
 
 def describe_rule(classes, threshold):
-    """When a class is called, in words."""
     if len(classes) > 2:
-        return "the most probable class is called"
-    return f"{classes[1]} is called where its probability is {threshold:.4g} or more"
+        return "the most probable class is predicted"
+    return f"{classes[1]} is predicted where its probability is {threshold:.4g} or more"
 
 
-# ---------------------------------------------------------------- how well, and how certainly
-def compute_intervals(labels, logits, groups, threshold=0.5):
-    """Table of each metric's value and its 95 % interval, which is undefined with fewer than ten groups of a class.
+def make_title(checkpoints, subject):
+    """'ensemble of 5; pixels on golestan; no network'. A figure breaks its title at "; "."""
+    backbones = sorted({checkpoint["config"]["settings"]["backbone"] for checkpoint in checkpoints})
+    parts = [f"{', '.join(backbones)} on {subject}"]
+    if len(checkpoints) > 1:
+        parts.insert(0, f"ensemble of {len(checkpoints)}")
+    for checkpoint in checkpoints:
+        parts += list_cautions(checkpoint["config"]["settings"])
+        if checkpoint["by_chance"]:
+            parts.append("on validation pictures no better than chance")
+    return "; ".join(dict.fromkeys(parts))  # without duplicates
 
-    Proportions have Wilson's interval (1927), the other metrics percentiles over resamples within each class, which
-    keep their sizes; where all resamples are alike there is no interval. Pictures of a group (a person) are not
-    independent: then whole groups are drawn for all metrics, in place of one that holds the same classes.
+
+def list_cautions(settings):
+    """Cautions for every table and title that shows a run; an ordinary run has none."""
+    cautions = []
+    if settings["weights"] in ("no network", "random initialisation"):
+        cautions.append(settings["weights"])
+    if settings["shuffle_labels"]:
+        cautions.append("trained on shuffled labels")
+    return cautions
+
+
+# ---------------------------------------------------------------- new raw files
+def predict_files(runs, files, threshold=0.5):
+    """Table of predicted class, probabilities and warnings for raw files or PNGs that can be read.
+
+    From Python: predict_files(["runs/mine/pixels/seed2643"], ["new.mzML"]).
     """
-    table = pd.DataFrame({"value": compute_metrics(labels, logits, threshold), "low": np.nan, "high": np.nan})
-    probabilities, limits = to_probabilities(logits), ["low", "high"]
-    n_classes = probabilities.shape[1]
-    holds = pd.crosstab(groups, labels) > 0  # (group, class)
-    rows = pd.Series(labels).groupby(groups).indices  # pictures of each group
-    if holds.shape[1] < n_classes or holds.sum().min() < FEWEST:
+    models, checkpoints = load_ensemble(runs)
+    checkpoint = checkpoints[0]
+    recipe = checkpoint["recipe"]
+    classes = checkpoint["config"]["classes"]
+    print(make_title(checkpoints, checkpoint["config"]["data_set"]))
+    print(describe_rule(classes, threshold), end="\n\n")
+    table, pictures = read_files(list_files(files), recipe)
+    members = predict_probabilities(models, recipe, pictures)
+    shifts, warnings = [], []
+    for picture, statistics in zip(pictures, table["statistics"], strict=True):
+        chromatogram = compute_chromatogram(picture)
+        shifts.append(measure_rt_shift(chromatogram, checkpoint["chromatogram"], recipe))
+        warning = "a PNG: how its raw file was measured is unknown"
+        if statistics:
+            statistics["rt_shift"] = shifts[-1]
+            warning = find_anomalies(statistics, checkpoint["cohort"], recipe)
+        warnings.append(warning)
+    predictions = tabulate(members, classes, threshold)
+    return table[["file"]].join(predictions).assign(rt_shift=shifts, warning=warnings)
+
+
+def read_files(files, recipe):
+    """Table and pictures [uint8 (H, W)] of raw files and PNGs. An unreadable one of several is skipped.
+
+    Columns: file, group (the file), sample_name, phenotype (folder of a PNG), statistics (raw file).
+    """
+    rows, pictures = [], []
+    for path in tqdm(files, desc="reading", unit="file", disable=None):
+        row = {"file": str(path), "group": str(path), "sample_name": path.stem, "phenotype": ""}
+        try:
+            if path.suffix.lower() == ".png":
+                check_recipe(read_header(path)[1], recipe, path)
+                picture, statistics = read_picture(path), None
+                row["phenotype"] = path.resolve().parent.name
+            else:
+                picture, statistics = make_picture(path, recipe)
+                row["sample_name"] = RAW_FILE.fullmatch(path.name)[1]
+        except (InputError, OSError) as error:
+            if len(files) == 1:
+                raise
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
+        rows.append(row | {"statistics": statistics})
+        pictures.append(picture)
+    if not rows:
+        raise InputError(f"none of the {len(files)} files can be read")
+    return pd.DataFrame(rows), pictures
+
+
+# ---------------------------------------------------------------- many runs
+def compare(runs, out):
+    """Tables 1 and 2 for many runs; Figure 1 or 3 and its p values for replicates among them."""
+    rows = []
+    for run in runs:
+        try:
+            rows.append(summarize_run(run))
+        except (InputError, OSError, KeyError, ValueError) as error:
+            print(f"left out: {run}: {first_line(error)}", file=sys.stderr)
+    if not rows:
+        raise InputError("none of these runs can be read")
+    table = pd.DataFrame(sorted(rows, key=lambda row: (row["judged"], score_epoch(row))))
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(out / "comparison.csv", table.drop(columns=["settings", "replicates"]))
+    metrics = [name for name in COMPARED if name in table]
+    columns = ["data_set", "backbone", "parameters_millions", "judged", "best_epoch"]
+    columns += [name.replace("val_", "train_") for name in metrics] + metrics
+    columns += ["baseline_loss", "seconds", "seed", "fold", "notes"]
+    sections = {ALL_RUNS: table[columns]}
+    folds = table.query("fold != ''")["run"]
+    if len(folds):
+        held_out = pd.concat(map(read_held_out, folds))
+        write_table(out / "out_of_fold.csv", held_out)
+        sections[ALL_FOLDS] = held_out.groupby("training", sort=False).apply(pool_metrics)
+    replicates = find_replicates(table)
+    if len(replicates):
+        groups = replicates.groupby(level=0, sort=False)
+        summary = groups[metrics].agg(["median", "std"])
+        draw_replicates(out / "replicates.png", replicates, summary, metrics)
+        summary["runs", ""] = groups.size()
+        sections["Replicates: median and standard deviation; see replicates.png"] = summary
+    # Folds of one cohort are not independent, and shuffled labels are a control.
+    seeds = replicates[(replicates["fold"] == "") & ~replicates["notes"].str.contains("shuffled")]
+    for judged, rows in seeds.groupby("judged"):
+        if rows.index.nunique() > 1:
+            sections[f"p values, {judged}. {P_VALUES}"] = compute_p_values(rows, metrics)
+    text = []
+    for heading, section in sections.items():
+        numbers = section.to_string(float_format="{:.3g}".format)
+        text.append(f"{heading}\n\n```\n{numbers}\n```")
+    write_text(out / "comparison.md", "\n\n".join(text))
+    print(*text, f"results: {out}/", sep="\n\n")
+
+
+def summarize_run(run):
+    """Row of a comparison: metrics of the kept epoch; for a fold, val_ of its held-out pictures."""
+    config = read_json(run / "config.json")
+    settings = config["settings"]
+    seed = settings.pop("seed")
+    fold = settings.pop("fold")
+    epochs = pd.read_csv(run / "epochs.csv")
+    kept = pd.Series(find_kept_epoch(epochs.to_dict("records")))
+    row = {
+        "data_set": config["data_set"],
+        "backbone": settings["backbone"],
+        "parameters_millions": config["parameters"] / 1e6,
+        "judged": "out of fold" if settings["optimizer"] == "lbfgs" else "validation",
+        "best_epoch": int(kept["epoch"]),
+        **kept.filter(regex="^(train|val)_"),
+        "seconds": epochs["seconds"].sum(),
+        "seed": seed,
+        "fold": "",
+        "baseline_loss": config["baseline_loss"],
+        "notes": ", ".join(list_cautions(settings)),
+        "run": str(run),
+        "settings": json.dumps(settings),  # the same in all replicates
+    }
+    row["replicates"] = "{data_set}/{backbone} ({notes})".format(**row).removesuffix(" ()")
+    if fold is not None:
+        row |= {"judged": "out of fold", "fold": fold}
+        held_out = read_held_out(run)
+        logits = torch.tensor(held_out.filter(like="logit_").to_numpy())
+        row |= split_metrics("val", logits, torch.tensor(held_out["label"]))
+    return row
+
+
+def read_held_out(run):
+    """Table of the held-out pictures of a fold, with their logits."""
+    types = {"sample_name": str, "group": str}
+    table = pd.read_csv(Path(run) / "held_out.csv", dtype=types, keep_default_na=False)  # NA may be a name
+    return table.assign(training=str(run).rpartition("-fold")[0])  # runs may have moved
+
+
+def pool_metrics(held_out):
+    """Metrics and intervals of the held-out pictures of all folds of a training."""
+    logits = held_out.filter(like="logit_").dropna(axis=1).to_numpy()
+    return compute_intervals(held_out["label"].to_numpy(), logits, held_out["group"].to_numpy())
+
+
+def find_replicates(table):
+    """Rows of runs that differ only in seed and fold, indexed by what they share."""
+    settings = table.groupby("replicates", sort=False)["settings"]
+    differ = settings.transform("nunique") > 1
+    for label in table["replicates"][differ].unique():
+        print(f"{label}: not replicates, as settings differ; train each under its own --name")
+    return table[~differ & (settings.transform("size") > 1)].set_index("replicates")
+
+
+def compute_p_values(replicates, metrics):
+    """Table of p values by metric: Kruskal-Wallis test, and Dunn's (1964) for each pair, adjusted."""
+    pairs = list(combinations(replicates.index.unique(), 2))
+    table = pd.DataFrame(np.nan, ["Kruskal-Wallis", *map(" / ".join, pairs)], metrics)
+    for name in metrics:
+        values = replicates[name]
+        if not np.ptp(values) > 0:
+            continue  # no difference, or nan: p is undefined
+        ranks = values.rank()
+        groups = ranks.groupby(level=0)
+        mean, n = groups.mean(), groups.size()
+        p = []
+        for a, b in pairs:
+            error = ranks.std() * np.sqrt(1 / n[a] + 1 / n[b])  # with Dunn's correction for ties
+            p.append(2 * norm.sf(abs(mean[a] - mean[b]) / error))
+        p_all = kruskal(*values.groupby(level=0).agg(list)).pvalue
+        table[name] = [p_all, *false_discovery_control(p)]
+    return table
+
+
+def draw_replicates(path, replicates, summary, metrics):
+    """Article, Figures 1 and 3: bar at the median, standard deviation, a dot for each run."""
+    size = (3 + 2.1 * len(metrics), 1.8 + 0.5 * len(summary))
+    title = "Replicates on validation pictures: median, standard deviation, each run"
+    with figure(path, title, size, ncols=len(metrics), sharey=True, squeeze=False) as axes:
+        for ax, name in zip(axes[0], metrics, strict=True):
+            bars = summary[name]
+            ax.barh(bars.index, bars["median"], xerr=bars["std"], color="lightsteelblue", capsize=3)
+            ax.plot(replicates[name], replicates.index, "k.", alpha=0.7)
+            ax.set_xlabel(name)
+        ax.invert_yaxis()
+
+
+# ---------------------------------------------------------------- metrics and their intervals
+def compute_intervals(labels, logits, groups, threshold=0.5):
+    """Table of metrics (rows): value, and low and high of its 95 % interval.
+
+    Proportions have Wilson's interval (1927), other metrics percentiles of a bootstrap stratified by
+    class. Pictures of one group (a person) are not independent: then groups are resampled, for all
+    metrics. No interval: fewer than MIN_GROUPS groups of a class, or resamples that are all equal.
+    """
+    table = pd.DataFrame({"value": compute_metrics(labels, logits, threshold)})
+    table[["low", "high"]] = np.nan
+    probabilities = to_probabilities(logits)
+    has_class = pd.crosstab(groups, labels) > 0  # (group, class)
+    if has_class.shape[1] < probabilities.shape[1] or has_class.sum().min() < MIN_GROUPS:
         return table
-    rng, resamples = np.random.default_rng(SEED), []
+    members = pd.Series(labels).groupby(groups).indices  # {group: its pictures}
+    strata = has_class.groupby([*has_class])  # groups with the same classes
+    rng = np.random.default_rng(SEED)
+    resamples = []
     for _ in tqdm(range(RESAMPLES), desc="bootstrap", disable=None, leave=False):
-        drawn = holds.groupby([*holds]).sample(frac=1, replace=True, random_state=rng).index
-        i = np.concatenate([rows[group] for group in drawn])
+        drawn = strata.sample(frac=1, replace=True, random_state=rng)
+        i = np.concatenate([members[group] for group in drawn.index])
         resamples.append(compute_metrics(labels[i], logits[i], threshold))
-    resamples = pd.DataFrame(resamples).dropna(axis=1, thresh=0.95 * RESAMPLES)  # without what is often undefined
-    quantiles = resamples.quantile([0.025, 0.975]).T
-    table[limits] = quantiles[quantiles[0.025] < quantiles[0.975]]
-    if len(rows) < len(labels):
-        return table
-    called = predict_classes(probabilities, threshold)
-    right = called == labels
-    table.loc["accuracy", limits] = wilson(right)
-    if n_classes == 2:
-        table.loc["recall", limits] = wilson(right[labels == 1])
-        table.loc["specificity", limits] = wilson(right[labels == 0])
-        if called.any():
-            table.loc["precision", limits] = wilson(right[called == 1])
+    # A metric that is often undefined has no interval either.
+    resamples = pd.DataFrame(resamples).dropna(axis=1, thresh=0.95 * RESAMPLES)
+    limits = resamples.quantile([0.025, 0.975]).T
+    table[["low", "high"]] = limits[limits[0.025] < limits[0.975]]
+    if len(members) == len(labels):
+        predicted = predict_classes(probabilities, threshold)
+        correct = predicted == labels
+        hits = {"accuracy": correct}
+        if probabilities.shape[1] == 2:
+            hits |= {"recall": correct[labels == 1], "specificity": correct[labels == 0]}
+            hits["precision"] = correct[predicted == 1]
+        for name, values in hits.items():
+            if len(values):
+                table.loc[name, ["low", "high"]] = wilson(values)
     return table
 
 
 def wilson(hits):
-    """[low, high] of the 95 % interval of the share of hits (N,) that are true."""
+    """[low, high] of Wilson's 95 % interval of the share of hits (N,) that are true."""
     return list(binomtest(hits.sum(), len(hits)).proportion_ci(method="wilson"))
 
 
-# ---------------------------------------------------------------- what else could explain it
-def read_numbers(column):
-    """Ranks of a column of text that holds numbers (45.7 or 45,7) or dates; any other column as it is.
+# ---------------------------------------------------------------- confounders
+def find_confounders(table):
+    """How well does each other column alone separate the phenotypes? (table, {column: why not tested}).
 
-    Up to twelve values of which some are no numbers (plates 1, 2, 3a) are names.
+    Each value is a part of the cohort; more than twelve numbers or dates make five parts. auc: the score
+    of a picture is the share of a phenotype in its part; the phenotype separated best counts, so chance
+    gives more than 0.5. q: chi-squared test, for numbers also Kruskal-Wallis (lower p, doubled), after
+    Benjamini and Hochberg. More names than groups (people) of the rarest phenotype are not tested.
+    """
+    rows, not_tested = {}, {}
+    table = table.drop_duplicates(["group", "phenotype"])  # a person counts once
+    for name, column in table.drop(columns=NO_CONFOUNDERS, errors="ignore").items():
+        column = column[column.notna() & (column != "")].astype(str)
+        parts = values = read_numbers(column)
+        is_number = values.dtype == float
+        if is_number and values.nunique() > 12:
+            parts = np.ceil(5 * values / len(values))
+        phenotype = table["phenotype"][values.index]
+        counts = pd.crosstab(parts, phenotype)
+        if min(counts.shape) < 2:
+            continue  # one value, or known for one phenotype only
+        if not is_number and len(counts) > counts.sum().min():
+            not_tested[name] = f"{len(counts)} names in {len(values)} runs"
+            continue
+        shares = counts.div(counts.sum(axis=1), axis=0)  # (part, phenotype)
+        auc = max(roc_auc(phenotype == k, parts.map(shares[k])) for k in shares)
+        p = chi2_contingency(counts).pvalue
+        if is_number:
+            by_rank = kruskal(*values.groupby(phenotype).agg(list)).pvalue
+            p = min(1, 2 * p, 2 * by_rank)
+        rows[name] = auc, p
+        if len(values) < len(column):
+            not_tested[name] = f"{len(column) - len(values)} values that are not numbers"
+    table = pd.DataFrame.from_dict(rows, "index", dtype=float, columns=["auc", "q"])
+    return table.assign(q=false_discovery_control(table["q"])), not_tested
+
+
+def read_numbers(column):
+    """Ranks of a column of text with numbers (45.7 or 45,7) or dates; any other column unchanged.
+
+    Up to twelve values of which some are not numbers (plates 1, 2, 3a) are names.
     """
     readings = [pd.to_numeric(column.str.replace(",", "."), errors="coerce")]
     readings.append(pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True))
-    for day in ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y"):  # what follows it is ignored
-        readings.append(pd.to_datetime(column, errors="coerce", format=day, exact=False, utc=True))
-    read = max(readings, key=lambda reading: reading.notna().mean())  # the first of equals
-    most = read.notna().all() or (column.nunique() > 12 and read.notna().mean() > 0.5)
-    return read.dropna().rank() if most else column
-
-
-def find_confounders(pictures):
-    """Table of what else is known of each run: can it alone tell the phenotypes apart? And {column: why not looked at}.
-
-    Each name is a part. So is each of up to twelve numbers or dates; more are cut into five parts. auc: of the share of
-    a phenotype in each run's part, for the phenotype told apart best; chance alone gives more than 0.5. q: of the
-    chi-squared test, for numbers also of Kruskal and Wallis's, after Benjamini and Hochberg. A column with more names
-    than the rarest phenotype has runs (people, samples) is left out: less than one run is expected in each part.
-    """
-    rows, left_out = {}, {}
-    pictures = pictures.drop_duplicates(["group", "phenotype"])  # runs of one person are not independent
-    for name, column in pictures.drop(columns=NO_CONFOUNDERS, errors="ignore").items():
-        column = column[column.notna() & (column != "")]
-        parts = numbers = read_numbers(column) if column.dtype != float else column.rank()
-        is_number = numbers.dtype == float
-        if is_number and numbers.nunique() > 12:
-            parts = np.ceil(5 * numbers / len(numbers))
-        phenotype = pictures["phenotype"][parts.index]
-        counts = pd.crosstab(parts, phenotype)
-        if min(counts.shape) < 2:
-            continue  # one value, or known of one phenotype alone
-        if not is_number and len(counts) > counts.sum().min():
-            left_out[name] = f"{len(counts)} names in {len(parts)} runs"
-        else:
-            shares = counts.div(counts.sum(axis=1), axis=0)  # (part, phenotype)
-            auc = max(roc_auc(phenotype == k, parts.map(shares[k])) for k in shares)
-            p = chi2_contingency(counts).pvalue
-            if is_number:
-                p = min(1, 2 * p, 2 * kruskal(*numbers.groupby(phenotype).agg(list)).pvalue)  # the better of two tests
-            rows[name] = auc, p
-        if is_number and len(numbers) < len(column) and name not in left_out:
-            left_out[name] = f"{len(column) - len(numbers)} values that are no numbers"
-    table = pd.DataFrame.from_dict(rows, "index", dtype=float, columns=["auc", "q"])  # empty it is float, too
-    return table.assign(q=false_discovery_control(table["q"])), left_out
+    for day in ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y"):
+        date = pd.to_datetime(column, errors="coerce", format=day, exact=False, utc=True)
+        readings.append(date)  # without the time of day
+    best = max(readings, key=pd.Series.count)  # the first of equals
+    readable = best.notna()
+    if readable.all() or (column.nunique() > 12 and readable.mean() > 0.5):
+        return best.dropna().rank()
+    return column
 
 
 def flag_confounders(confounders):
-    """Names of what tells the phenotypes apart by itself, beyond chance and not by a little."""
+    """Names of the columns that clearly separate the phenotypes."""
     return list(confounders.query("q < 0.05 and auc > 0.7").index)
 
 
-# ---------------------------------------------------------------- one run, or several that vote
-def evaluate(runs, home, args):
-    """Judge a run, or several that vote, on one split; results go to --out or `home`, of other data to its folders."""
-    models, checkpoints = load_members(runs)
-    checkpoint = checkpoints[0]
-    recipe, classes = checkpoint["recipe"], checkpoint["config"]["classes"]
-    table, pictures = read_unseen(checkpoints, args.data, args.split)
-    votes = predict_probabilities(models, recipe, pictures)
-    labels, probabilities = table["label"].to_numpy(), votes.mean(0)
-    metrics = compute_intervals(labels, np.log(probabilities), table["group"], args.threshold)
-    confusion = count_confusions(labels, predict_classes(probabilities, args.threshold), len(classes))
-    # What else could explain it is sought in all splits that there are, as more runs show more; headers are enough.
-    data = args.data or checkpoint["config"]["data"]
-    everything, _ = find_pictures(data)
-    originals = everything.query("not copy")
-    _, cohort = summarize_cohort(originals, recipe)
-    confounders, not_looked_at = find_confounders(originals.assign(rt_shift=cohort["rt_shift"]))
-    suspects = flag_confounders(confounders)
-
-    data_set, folder = checkpoint["config"]["data_set"], home
-    if not is_own(checkpoint, everything, recipe):
-        data_set = data
-        folder = home / f"{Path(data).resolve().name}-{digest_pictures(table, recipe):08x}-{args.split}"
-    elif args.split != "test":
-        folder = home / args.split
-    folder = Path(args.out or folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    title = make_title(checkpoints, f"{data_set}, {args.split} split, {len(labels)} pictures")
-    result = {
-        "title": title,
-        "run": ", ".join(map(str, runs)),
-        "split": args.split,
-        "threshold": args.threshold if len(classes) == 2 else None,
-        "rule": describe_rule(classes, args.threshold),
-        "classes": classes,
-        "confusion": confusion.tolist(),
-        "metrics": metrics.replace({np.nan: None}).to_dict("index"),
-        "confounders": confounders.replace({np.nan: None}).to_dict("index"),
-        "flagged": suspects,
-        "not_looked_at": not_looked_at,
-    }
-    predictions = table[["sample_name", "group", "phenotype"]].join(
-        tabulate_predictions(votes, classes, args.threshold)
-    )
-    predictions.insert(4, "correct", np.where(predictions["predicted"] == table["phenotype"], "yes", "no"))
-    predictions["file"] = table["path"]
-    write_table(folder / "predictions.csv", predictions)
-    # The figures show the probability of class 1, or with more classes of the class called.
-    predictions = predictions.assign(of=predictions["predicted"], p=probabilities.max(1))
-    if len(classes) == 2:
-        result |= dict(zip(("tn", "fp", "fn", "tp"), confusion.ravel().tolist(), strict=True))
-        predictions = predictions.assign(of=classes[1], p=probabilities[:, 1])
-    write_json(folder / "metrics.json", result)
-    with figure(folder / "test.png", title, (17, 6.4), ncols=3) as (left, middle, right):
-        draw_confusion(left, confusion, classes)
-        draw_roc(middle, labels, probabilities, confusion, metrics.loc["roc_auc"], classes)
-        draw_calibration(right, predictions)
-    draw_prediction_matrix(folder / "prediction_matrix.png", predictions, pictures, recipe, title)
-
-    epochs = [f"run {run}, epoch {member['epoch']}" for run, member in zip(runs, checkpoints, strict=True)]
-    print(title, *epochs, result["rule"], sep="\n")
-    print(f"\n{pd.DataFrame(confusion, classes, classes).rename_axis('true / called')}\n")
-    numbers = {"float_format": "{:.3f}".format, "na_rep": "undefined"}
-    print(metrics.to_string(**numbers))
-    if metrics["low"].isna().all():
-        print(f"no intervals: they need {FEWEST} pictures (or groups) of each class")
-    print(f"\nWhat else is known of all {len(originals)} runs, and how well it alone tells their phenotypes apart:")
-    print(confounders.to_string(**numbers))
-    if not_looked_at:
-        print(f"not looked at: {'; '.join(f'{name} ({why})' for name, why in not_looked_at.items())}")
-    for name in suspects:
-        print(f"warning: {name} alone tells the phenotypes apart; {name} may be what the classifier has learned")
-    print(f"\nresults: {folder}/")
+# ---------------------------------------------------------------- figures
+def draw_test(path, title, predictions, confusion, metrics):
+    """Confusion matrix; ROC curve and calibration of class 1, or of each of more than two classes."""
+    shown = list(confusion)
+    if len(shown) == 2:
+        shown = shown[1:]
+    with figure(path, title, (17, 6.4), ncols=3) as (left, middle, right):
+        draw_confusion(left, confusion)
+        draw_roc(middle, predictions, shown, metrics)
+        draw_calibration(right, predictions, shown)
 
 
-def draw_confusion(ax, confusion, classes):
+def draw_confusion(ax, confusion):
     """Counts, shaded by the share of each true class."""
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=2)  # the lighter half: black on it is legible
+    share = confusion.div(confusion.sum(axis=1).clip(1), axis=0).to_numpy()
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=2)  # no dark blue, as the text is black
     for (i, j), n in np.ndenumerate(confusion):
         ax.text(j, i, f"{n}\n{share[i, j]:.0%}", ha="center", va="center")
-    ax.set_xticks(range(len(classes)), classes)
-    ax.set_yticks(range(len(classes)), classes)
+    ax.set_xticks(range(len(share)), confusion.index)
+    ax.set_yticks(range(len(share)), confusion.index)
     ax.set(xlabel="predicted", ylabel="true phenotype")
     ax.set_title("Number of pictures, share of the true phenotype", fontsize=10)
 
 
-def draw_roc(ax, labels, probabilities, confusion, auc, classes):
-    """A curve for each class, of two for class 1, with the point of the threshold."""
+def draw_roc(ax, predictions, shown, metrics):
+    """A curve for each class shown, and the point of the threshold on that of a single one."""
     ax.plot([0, 1], [0, 1], ":", color="grey", label="chance")
-    for k in [1] if len(classes) == 2 else range(len(classes)):
-        # Share of all others and of the class at each score or above it: equal scores make one step.
-        curve = pd.crosstab(probabilities[:, k], labels == k, normalize="columns")[::-1].cumsum()
+    for name in shown:
+        is_class = predictions["phenotype"] == name
+        # Share of others and of the class at each probability or above: equal ones make one step.
+        shares = pd.crosstab(predictions[f"probability_{name}"], is_class, normalize="columns")
+        curve = shares[::-1].cumsum()
         if curve.shape[1] == 2:  # else there are none of the class, or no others
-            ax.plot([0, *curve[False]], [0, *curve[True]], label=f" {classes[k]}")  # "_a" alone has no entry
-    if len(classes) == 2:
-        false_and_true_positives = confusion[:, 1] / np.maximum(confusion.sum(1), 1)
-        ax.plot(*false_and_true_positives, "ko", label="threshold")
-    interval = "95 % interval {low:.3f} - {high:.3f}".format(**auc)
-    if np.isnan(auc["low"]):
-        interval = "no interval: too few, or all resamples alike"
-    ax.set_title(f"ROC AUC {auc['value']:.3f} ({interval})", fontsize=10)
+            ax.plot([0, *curve[False]], [0, *curve[True]], label=f" {name}")  # "_a" would be hidden
+    if len(shown) == 1:
+        value = metrics["value"]
+        ax.plot(1 - value["specificity"], value["recall"], "ko", label="threshold")
+    title = "ROC AUC {value:.3f} (95 % interval {low:.3f} - {high:.3f})".format(**metrics.loc["roc_auc"])
+    ax.set_title(title.replace("nan - nan", "undefined"), fontsize=10)
     ax.set(xlabel="false positive rate", ylabel="true positive rate", box_aspect=1)
     ax.legend(loc="lower right", frameon=False)
 
 
-def draw_calibration(ax, predictions):
-    """Does a probability of 0.8 come true in eight of ten? Means of five bins of equal width."""
-    place = (predictions["p"] * 5).astype(int).clip(upper=4)
+def draw_calibration(ax, predictions, shown):
+    """Do eight of ten predictions of probability 0.8 come true? Means of five equal bins."""
     ax.plot([0, 1], [0, 1], ":", color="grey")
-    for _, rows in predictions.groupby(place):
-        came_true = rows["phenotype"] == rows["of"]
-        p, share = rows["p"].mean(), came_true.mean()
-        ax.plot([p, p], wilson(came_true), "C0")
-        ax.plot(p, share, "C0o")
-        ax.annotate(f" {len(rows)}", (p, share))
-    names = predictions["of"].unique()
-    ax.set_xlabel(f"predicted probability of {names[0] if len(names) == 1 else 'the class called'}")
+    for k, name in enumerate(shown):
+        p = predictions[f"probability_{name}"]
+        came_true = predictions["phenotype"] == name
+        for _, hits in came_true.groupby((5 * p).astype(int).clip(upper=4)):
+            x = p[hits.index].mean()
+            ax.plot([x, x], wilson(hits), f"C{k}")
+            ax.plot(x, hits.mean(), f"C{k}o")
+            ax.annotate(f" {len(hits)}", (x, hits.mean()))
+    ax.set_xlabel(f"predicted probability of {first_few(shown)}")
     ax.set(ylabel="share for which it came true", box_aspect=1)
     ax.set_title("Calibration: 95 % Wilson intervals, number of pictures", fontsize=10)
 
 
-def draw_prediction_matrix(path, predictions, pictures, recipe, title):
+def draw_prediction_matrix(path, title, predictions, pictures, recipe):
     """Article, Figure 5: nine pictures, phenotypes in turn; green is right."""
     looks = {"yes": ("#1a8a3a", "right"), "no": ("#d62728", "wrong")}
     with figure(path, title, (10, 10.5), nrows=3, ncols=3, sharex=True, sharey=True) as axes:
-        for axis, row in zip(axes.flat, pick_in_turn(predictions, 9).itertuples(), strict=False):
-            colour, word = looks[row.correct]
-            show(axis, colours(pictures[row.Index], recipe.colormap), recipe)
-            text = f"{row.sample_name[:30]}: P({row.of}) = {row.p:.3f}\ntrue phenotype: {row.phenotype} ({word})"
-            axis.set_title(text, color=colour, fontsize=10)
+        for axis, (i, row) in zip(axes.flat, pick_in_turn(predictions, 9).iterrows(), strict=False):
+            colour, word = looks[row["correct"]]
+            show(axis, colours(pictures[i], recipe.colormap), recipe)
+            p = row[f"probability_{row['predicted']}"]
+            title = f"{row['sample_name'][:30]}: {row['predicted']}, p = {p:.3f}"
+            title += f"\ntrue phenotype: {row['phenotype']} ({word})"
+            axis.set_title(title, color=colour, fontsize=10)
             axis.spines[:].set(color=colour, linewidth=4)
         label_axes(axes)
 
 
-def pick_in_turn(pictures, n):
+def pick_in_turn(table, n):
     """n rows for a figure, drawn at random, phenotypes in turn."""
-    drawn = pictures.sample(frac=1, random_state=SEED)
+    drawn = table.sample(frac=1, random_state=SEED)
     turn = drawn.groupby("phenotype").cumcount()
     return drawn.loc[turn.sort_values(kind="stable").index].head(n)
 
 
 def show(axis, map_, recipe, **options):
-    """A map or picture on its axes in minutes and m/z."""
+    """Show a map or a picture on axes in minutes and m/z."""
     extent = recipe.rt_min, recipe.rt_max, recipe.mz_min, recipe.mz_max
     return axis.imshow(map_, extent=extent, aspect="auto", **options)
 
 
 def label_axes(axes):
-    """Retention time and m/z, for a figure of pictures; places without one stay empty."""
-    for above, axis in zip([*[None] * axes.shape[1], *axes.flat], axes.flat, strict=False):
+    """Label retention time and m/z in a figure of pictures, and hide its unused axes."""
+    for (row, column), axis in np.ndenumerate(axes):
         if not axis.images:
             axis.set_axis_off()
-            if above is not None:
-                above.tick_params(labelbottom=True)  # it is the lowest of its column
+            axes[row - 1, column].tick_params(labelbottom=True)  # now the lowest of its column
     axis.figure.supxlabel("retention time (min)")
     axis.figure.supylabel("m/z")
-
-
-# ---------------------------------------------------------------- new raw runs
-def predict_files(runs, files, threshold=0.5):
-    """Table of the class called, its probability and warnings for raw runs or pictures; what is unreadable is left out.
-
-    From Python: predict_files(["runs/mine/pixels/seed2643"], ["new.mzML"]).
-    """
-    models, checkpoints = load_members(runs)
-    checkpoint, config = checkpoints[0], checkpoints[0]["config"]
-    recipe = checkpoint["recipe"]
-    print(make_title(checkpoints, config["data_set"]), describe_rule(config["classes"], threshold), "", sep="\n")
-    read, pictures = read_files(list_files(files), recipe)
-    table = read[["file"]].join(
-        tabulate_predictions(predict_probabilities(models, recipe, pictures), config["classes"], threshold)
-    )
-    table["rt_shift"] = [
-        measure_rt_shift(compute_chromatogram(picture), checkpoint["chromatogram"], recipe) for picture in pictures
-    ]
-    table["warning"] = "a picture: how its run was measured is unknown"
-    for i, statistics in read["statistics"].dropna().items():
-        statistics["rt_shift"] = table["rt_shift"][i]
-        table.loc[i, "warning"] = find_anomalies(statistics, checkpoint["cohort"], recipe)
-    return table
-
-
-def predict_command(runs, args):
-    """Print the table of new files and write it to --out; the exit status is 1 if one could not be read."""
-    if args.out and Path(args.out).exists():
-        raise InputError(f"--out {args.out} exists already; give another name")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        raise InputError(f"--out {args.out}: no such folder")
-    files = list_files(args.predict)
-    table = predict_files(runs, files, args.threshold)
-    print(table.to_string(index=False, float_format="{:.4f}".format))
-    if args.out:
-        write_table(args.out, table)
-    return int(len(table) < len(files))
-
-
-# ---------------------------------------------------------------- many runs
-def runs_below(paths):
-    """The run folders named, and all below a folder that is not a run itself, each once."""
-    runs = []
-    for path in map(Path, paths):
-        runs += find_runs(path) or [find_run(path)]
-    return list(dict.fromkeys(runs))
-
-
-def summarize_run(run):
-    """A run in a comparison, by the epoch that was kept, but a fold is judged on what it held out."""
-    config = read_json(run / "config.json")
-    settings = config["settings"]
-    judged_by = "out of fold" if settings["optimizer"] == "lbfgs" or settings["fold"] is not None else "validation"
-    seed, fold = settings.pop("seed"), settings.pop("fold")
-    epochs = pd.read_csv(run / "epochs.csv")
-    best = pd.Series(find_kept_epoch(epochs.to_dict("records")))
-    row = {
-        "data_set": config["data_set"],
-        "backbone": settings["backbone"],
-        "parameters_millions": config["parameters"] / 1e6,
-        "judged": judged_by,
-        "best_epoch": int(best["epoch"]),
-        **best.filter(regex="^(train|val)_"),
-        "seconds": epochs["seconds"].sum(),
-        "seed": seed,
-        "fold": "" if fold is None else fold,
-        "baseline_loss": config["baseline_loss"],
-        "notes": ", ".join(list_cautions(config)),
-        "run": str(run),
-        "settings": json.dumps(settings),  # what replicates share
-    }
-    if fold is not None:
-        pictures = read_held_out(run)
-        logits = torch.tensor(pictures.filter(like="logit_").to_numpy())
-        row |= split_metrics("val", [(logits, torch.tensor(pictures["label"]))])
-    return row
-
-
-def read_held_out(run):
-    """Table of the pictures that a fold has held out, with their logits."""
-    types = {"sample_name": str, "group": str}
-    return pd.read_csv(Path(run) / "held_out.csv", dtype=types, keep_default_na=False)  # a person may be called NA
-
-
-def pooled_metrics(pictures):
-    """'value (low-high)' of each metric over the held-out pictures of all folds of a training."""
-    logits = pictures.filter(like="logit_").dropna(axis=1).to_numpy()
-    table = compute_intervals(pictures["label"].to_numpy(), logits, pictures["group"].to_numpy())
-    text = table.apply(lambda row: "{value:.3f} ({low:.3f}-{high:.3f})".format(**row), axis=1)
-    return text.str.removesuffix(" (nan-nan)")
-
-
-def group_replicates(table):
-    """{label: rows}: two runs or more that differ in nothing but seed and fold, in the order of their best loss."""
-    replicates = {}
-    for (data_set, backbone, notes), rows in table.groupby(["data_set", "backbone", "notes"], sort=False):
-        label = f"{data_set}/{backbone}" + (f" ({notes})" if notes else "")
-        if rows["settings"].nunique() > 1:
-            print(f"{label}: its runs have different settings, no replicates; train each under its own --name")
-        elif len(rows) > 1:
-            replicates[label] = rows
-    return replicates
-
-
-def dunn(groups):
-    """p values of Dunn's test for each pair of groups of values, with the correction for ties (Dunn 1964)."""
-    ranks = rankdata(np.concatenate(groups))
-    variance = ranks.var(ddof=1)  # n (n + 1) / 12 without ties, and less by Dunn's correction with them
-    ends, p = np.cumsum(list(map(len, groups))), []
-    for a, b in combinations(np.split(ranks, ends[:-1]), 2):
-        error = np.sqrt(variance * (1 / len(a) + 1 / len(b)))
-        p.append(2 * norm.sf(abs(a.mean() - b.mean()) / error))
-    return p
-
-
-def compute_p_values(replicates, metrics):
-    """Table of p values by metric, those of the pairs adjusted after Benjamini and Hochberg."""
-    pairs = [f"{a} / {b}" for a, b in combinations(replicates, 2)]
-    tests = pd.DataFrame(np.nan, ["Kruskal-Wallis", *pairs], metrics)
-    for name in metrics:
-        groups = [rows[name].to_numpy() for rows in replicates.values()]
-        if np.ptp(np.concatenate(groups)) > 0:  # else all are alike, or one is undefined: nothing can be said
-            tests.loc["Kruskal-Wallis", name] = kruskal(*groups).pvalue
-            tests.loc[pairs, name] = false_discovery_control(dunn(groups))
-    return tests
-
-
-def draw_replicates(path, replicates, metrics):
-    """Article, Figures 1 and 3: median of each metric, standard deviation as error bar, a dot for each replicate."""
-    size = (3 + 2.1 * len(metrics), 1.8 + 0.5 * len(replicates))
-    title = "Replicates on validation pictures: median, standard deviation, each run"
-    with figure(path, title, size, ncols=len(metrics), sharey=True, squeeze=False) as axes:
-        for ax, name in zip(axes[0], metrics, strict=True):
-            for label, rows in replicates.items():
-                tick = label.replace(" (", "\n(")
-                ax.barh(tick, rows[name].median(), xerr=rows[name].std(), color="lightsteelblue", capsize=3)
-                ax.plot(rows[name], [tick] * len(rows), "k.", alpha=0.7)
-            ax.set_xlabel(name)
-        ax.invert_yaxis()
-
-
-def compare(runs, out):
-    """Tables 1 and 2 for many runs; Figure 1 or 3 and its tests for replicates among them."""
-    rows = []
-    for run in runs:
-        try:
-            rows.append(summarize_run(run))
-        except (InputError, OSError, KeyError, ValueError) as error:  # one bad run costs the others nothing
-            print(f"left out: {run}: {first_line(error)}", file=sys.stderr)
-    if not rows:
-        raise InputError("none of these runs can be read")
-    table = pd.DataFrame(sorted(rows, key=lambda row: (row["judged"], score_epoch(row))))
-    metrics = [name for name in COMPARED if name in table]
-    out.mkdir(parents=True, exist_ok=True)
-    write_table(out / "comparison.csv", table.drop(columns="settings"))
-    trained = [name.replace("val_", "train_") for name in metrics]
-    columns = ["data_set", "backbone", "parameters_millions", "judged", "best_epoch", *trained, *metrics]
-    columns += ["baseline_loss", "seconds", "seed", "fold", "notes"]
-    parts = {f"{len(table)} runs. {JUDGED}": table[columns]}
-    folds = table["run"][table["fold"] != ""]
-    if len(folds):
-        # A training is known by where its folds lie, as two of them may have been started by the same command.
-        parts_of = [read_held_out(run).assign(training=run.rpartition("-fold")[0]) for run in folds]
-        held_out = pd.concat(parts_of)
-        write_table(out / "out_of_fold.csv", held_out)
-        pooled = held_out.groupby("training", sort=False).apply(pooled_metrics)
-        parts[f"All folds of a training together. {FOLDS}"] = pooled
-    replicates = group_replicates(table)
-    if replicates:
-        groups = pd.concat(replicates, names=["replicates of"]).groupby(level=0, sort=False)
-        together = groups[metrics].agg(["median", "std"])
-        together["runs", ""] = groups.size()
-        parts["Replicates: median and standard deviation; see replicates.png"] = together
-        draw_replicates(out / "replicates.png", replicates, metrics)
-    # Seeds judged alike are contenders; folds of one cohort are no independent trials, and a control is none.
-    seeds = {name: rows for name, rows in replicates.items() if (rows["fold"] == "").all() and "shuffled" not in name}
-    for judged_by in table["judged"].unique():
-        alike = {name: rows for name, rows in seeds.items() if (rows["judged"] == judged_by).all()}
-        if len(alike) > 1:
-            parts[f"p values, {judged_by}. {DUNN}"] = compute_p_values(alike, metrics)
-    numbers = "{:.3g}".format
-    text = [f"{title}\n\n```\n{part.to_string(float_format=numbers)}\n```" for title, part in parts.items()]
-    write_text(out / "comparison.md", "\n\n".join(text))
-    print(*text, f"results: {out}/", sep="\n\n")
 
 
 # ---------------------------------------------------------------- command line
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="a run (default: the newest); several, or a folder, are compared")
-    add("--ensemble", action="store_true", help="runs or folds of one data set vote and are judged as one run")
-    add("--out", help="folder (default: the run; of several the common one, or its ensemble/); with --predict a CSV")
+    add("runs", nargs="*", metavar="RUN", help="run (default: newest); several, or a folder, are compared")
+    add("--ensemble", action="store_true", help="evaluate the mean prediction of several runs")
+    add("--out", help="folder (default: that of the run or runs); with --predict a new CSV file")
     add = parser.add_argument_group("one run, or an ensemble").add_argument
-    add("--data", metavar="DIR", help="another data set, or where the run's own has moved")
-    add("--split", choices=SPLITS, default="test", help="pictures to judge on")
-    add("--threshold", type=share, default=0.5, metavar="P", help="call class 1 from this probability on")
-    new = "new raw runs, or folders; several RUNs vote; --out is never replaced"
-    add("--predict", nargs="+", metavar="FILE", help=new)
+    add("--data", metavar="DIR", help="another data set, or the new place of the run's own")
+    add("--split", choices=SPLITS, default="test", help="pictures to evaluate on")
+    add("--threshold", type=share, default=0.5, metavar="P", help="lowest that predicts class 1")
+    add("--predict", nargs="+", metavar="FILE", help="new raw files, or folders; RUNs are an ensemble")
     args = parser.parse_args()
 
-    runs = runs_below(args.runs) or [find_run()]
+    runs = []
+    for path in map(Path, args.runs):
+        runs += find_runs(path) or [find_run(path)]
+    runs = list(dict.fromkeys(runs)) or [find_run()]  # without duplicates
     if args.predict:
         return predict_command(runs, args)
     if len(runs) == 1:
@@ -661,8 +621,21 @@ def main():
     if args.ensemble:
         return evaluate(runs, Path(common) / "ensemble", args)
     if args.data or args.split != "test" or args.threshold != 0.5:
-        parser.error(f"--data, --split and --threshold take one run, or --ensemble, not {len(runs)} runs to compare")
+        parser.error(f"--data, --split and --threshold: of one run, or --ensemble, not of {len(runs)} runs")
     return compare(runs, Path(args.out or common))
+
+
+def predict_command(runs, args):
+    """Predict files, print the table and write it to --out; exit status 1 if a file is unreadable."""
+    if args.out and Path(args.out).exists():
+        raise InputError(f"--out {args.out} exists already; choose another name")
+    files = list_files(args.predict)
+    table = predict_files(runs, files, args.threshold)
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_table(args.out, table)
+    return int(len(table) < len(files))
 
 
 if __name__ == "__main__":

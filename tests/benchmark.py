@@ -3,6 +3,7 @@
 python tests/benchmark.py convert                # about five minutes: a run of 140 MB, converted several times
 python tests/benchmark.py views                  # about five minutes: fresh views against stored features
 python tests/benchmark.py views --backbone mobileone_s3 --image-size 128
+python tests/benchmark.py processes              # about five minutes: one process against two of torchrun
 python tests/benchmark.py pictures               # about five minutes: time and memory a picture
 python tests/benchmark.py pictures --before ../older-checkout        # about two minutes more: also as ratios to it
 """
@@ -124,7 +125,7 @@ def benchmark_convert(args):
         row("one conversion / pyopenms' load of the file", f"{cost['conversion'] / cost['load']:.2f}", "at most 1.35")
         row("the article's recipe / one conversion", f"{cost['article'] / cost['conversion']:.2f}", "at least 2.5")
 
-        memory = next(convert.for_each(convert_and_weigh, {"run": (path, png)}, 1, "one worker"))[1]
+        memory = convert.for_each(convert_and_weigh, {"run": (path, png)}, 1, "one worker")["run"]
         row("peak memory of one worker", f"{memory:.0f} MB", "at most 400 MB")
 
         n = 2 * args.repeats
@@ -132,7 +133,7 @@ def benchmark_convert(args):
         for run in runs[1:]:
             os.link(path, run)
         tasks = {run.name: (run, [(run.with_suffix(".png"), (0, 0))], RECIPE) for run in runs}
-        both = seconds(lambda: list(convert.for_each(convert.write_pictures, tasks, 2, "two workers")))
+        both = seconds(lambda: convert.for_each(convert.write_pictures, tasks, 2, "two workers"))
         serial = sum(seconds(article_recipe, run, png) for run in runs)
         what = f"the article's recipe / conversion by two workers, start included, {n} files"
         row(what, f"{serial / both:.2f}", "at least 3")
@@ -167,9 +168,8 @@ def benchmark_views(args):
         print(f"{args.backbone}, {args.image_size} x {args.image_size}, {n_train} training pictures\n")
         classes = train.find_classes(pictures)
         pictures["label"] = deeplcms.make_labels(pictures, classes)
-        model, origin = train.build_model(settings, 1)
-        settings = train.resolve_settings(settings, model, origin, pictures, recipe)
-        extraction = seconds(train.prepare, settings, model, pictures, recipe, {})
+        model, settings = train.resolve_settings(settings, pictures, recipe)
+        extraction = seconds(train.cache_features, model, pictures, recipe, settings)
         fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
         batch = torch.rand(32, 3, model.image_size, model.image_size, device=train.DEVICE)
         batch = batch.contiguous(memory_format=torch.channels_last)
@@ -196,6 +196,54 @@ def benchmark_views(args):
             row(f"{what} of 20 epochs on stored features / one extraction", f"{after / extraction:.2f}", "below 2")
 
 
+# ---------------------------------------------------------------- one process against two of torchrun
+def benchmark_processes(args):
+    """Seconds of 10 more raw files converted, and of 8 more views of a picture, without the start of commands."""
+    starts = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        raw = folder / "raw"
+        raw.mkdir()
+        write_run(raw / "run0.mzML", args.scans)
+        names = [f"run{i}" for i in range(12)]
+        for name in names[1:]:
+            os.link(raw / "run0.mzML", raw / f"{name}.mzML")
+        samples = pd.DataFrame({"sample_name": names, "phenotype": ["a", "b"] * 6, "split": "test"})
+        script("tests/demo.py", folder / "demo", "--runs", args.runs)
+        flags = ["--backbone", args.backbone, "--weights", "random", "--finetune", "head", "--out", folder / "runs"]
+        flags += ["--data", folder / "demo", "--workers", 0]
+
+        def slope(n, few, many):
+            """Seconds between a command with few and one with many, each of the lowest of the repeats."""
+            lowest = []
+            for command in (few, many):
+                words = list(map(str, [*starts[n], ROOT / command[0], *command[1:]]))
+                times = []
+                for repeat in range(args.repeats):
+                    out = ["--name", f"{n}-{repeat}"] if command[0] == "train.py" else []
+                    work = [word.replace("OUT", f"{folder}/out{n}{len(lowest)}{repeat}") for word in words]
+                    done = {"check": True, "capture_output": True}
+                    times.append(seconds(lambda: subprocess.run([*work, *out], **done)))  # noqa: B023
+                lowest.append(min(times))
+                shutil.rmtree(folder / "runs", ignore_errors=True)
+            return lowest[1] - lowest[0]
+
+        tables = []
+        for count in (2, 12):
+            tables.append(folder / f"{count}.csv")
+            samples[:count].to_csv(tables[-1], index=False)
+        commands = [["convert.py", raw, table, "OUT", "--workers", 1] for table in tables]
+        conversion = {n: slope(n, *commands) for n in starts}
+        row(f"seconds a raw file of {(raw / 'run0.mzML').stat().st_size / 1e6:.0f} MB", f"{conversion[1] / 10:.2f}")
+        row("  one process / two", f"{conversion[1] / conversion[2]:.2f}", "at least 1.7")
+        commands = [["train.py", *flags, "--views", views] for views in (1, 9)]
+        extraction = {n: slope(n, *commands) for n in starts}
+        n_pictures = len(deeplcms.find_pictures(folder / "demo", ("train", "val"))[0])
+        what = f"milliseconds a view through {args.backbone}, logistic regression included"
+        row(what, f"{1000 * extraction[1] / (8 * n_pictures):.1f}")
+        row("  one process / two", f"{extraction[1] / extraction[2]:.2f}", "at least 1.7")
+
+
 # ---------------------------------------------------------------- time and memory a picture
 def answer(args):
     """A process of its own with the code of CHECKOUT: for each task named on stdin its seconds of processor.
@@ -217,7 +265,7 @@ def answer(args):
     (folder / "samples.csv").write_text("sample_name,phenotype,split,group\n0,a,test,0\n")
     network = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
     settings = train.parse_arguments(["--backbone", "pixels", "--data", str(folder), "--augmentation", "physical"])
-    settings = train.with_augmentation(settings)
+    settings = train.fill_augmentation(settings)
     table = pd.DataFrame({"path": list(links.iterdir())[:50], "label": 0})
     pictures = train.Pictures(table, train.training_transform(network, recipe, settings))
     copies = [(png.with_suffix(".copy.png"), shift) for png, shift in pngs]
@@ -314,6 +362,12 @@ def main():
     command.add_argument("--image-size", type=int, default=224)
     command.add_argument("--runs", type=int, default=60, help="of the demo, each training run with 9 copies")
     command.set_defaults(function=benchmark_views)
+    command = commands.add_parser("processes", help="conversion and extraction by one process and by two of torchrun")
+    command.add_argument("--backbone", default="resnet18", help="timm name; its weights are random")
+    command.add_argument("--scans", type=int, default=1000)
+    command.add_argument("--runs", type=int, default=60, help="of the demo")
+    command.add_argument("--repeats", type=int, default=2)
+    command.set_defaults(function=benchmark_processes)
     command = commands.add_parser("pictures", help="time and memory a picture")
     command.add_argument("--before", metavar="CHECKOUT", help="an older checkout, for ratios")
     command.set_defaults(function=benchmark_pictures)

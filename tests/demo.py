@@ -165,7 +165,7 @@ def write_cohort(folder, n_runs, seed, workers):
     write_table(table, samples)
     paths = [raw_dir / f"{name}.mzML" for name in samples["sample_name"]]
     tasks = {i: (paths[i], seed, i) for i in numbers if not paths[i].exists()}
-    for _, result in convert.for_each(write_demo_run, tasks, workers, "writing mzML"):
+    for result in convert.for_each(write_demo_run, tasks, workers, "writing mzML").values():
         if isinstance(result, Exception):
             raise result
 

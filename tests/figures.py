@@ -64,7 +64,7 @@ def draw_augmentation(run, box, path):
     model = train.Classifier("pixels", 1, image_size=500)
     for line, (name, what) in zip(axes, shown.items(), strict=True):
         args = train.parse_arguments(["--backbone", "pixels", "--data", "any", "--augmentation", name])
-        transform = train.training_transform(model, recipe, train.with_augmentation(args))
+        transform = train.training_transform(model, recipe, train.fill_augmentation(args))
         torch.manual_seed(1)
         draws = [(transform(picture) / 2 + 0.5).permute(1, 2, 0).numpy() for _ in range(3)]
         for axis, image in zip(line, [deeplcms.colours(picture, recipe.colormap), *draws], strict=True):

@@ -1,4 +1,4 @@
-"""What evaluate.py says about a run is true, and it refuses to say what it cannot know."""
+"""evaluate.py: its results are right, and it refuses input that would make them wrong."""
 
 import json
 import shutil
@@ -27,12 +27,12 @@ def article():
 # ---------------------------------------------------------------- metrics
 
 
-def test_intervals_are_wilsons_or_of_resampled_groups_and_of_fewer_than_ten_there_are_none():
+def test_intervals_are_wilson_or_of_resampled_groups_and_small_classes_have_none():
     labels, logits = article()
     table = evaluate.compute_intervals(labels, logits, np.arange(30))
     assert table["value"].round(3)[["accuracy", "precision", "recall", "f1"]].tolist() == [0.9, 0.952, 0.909, 0.93]
     assert table["value"]["specificity"] == 7 / 8
-    assert table[["low", "high"]].isna().all(axis=None)  # of eight negatives nothing can be said
+    assert table[["low", "high"]].isna().all(axis=None)  # eight negatives are too few
     labels, logits, alone = np.repeat(labels, 2), np.repeat(logits, 2, axis=0), np.arange(60)
     table = evaluate.compute_intervals(labels, logits, alone)
     # Wilson's intervals: 54 of 60, 40 of 44, 14 of 16 (Wilson 1927)
@@ -40,19 +40,19 @@ def test_intervals_are_wilsons_or_of_resampled_groups_and_of_fewer_than_ten_ther
     for name, interval in expected.items():
         assert table.loc[name, ["low", "high"]].tolist() == pytest.approx(list(interval), abs=1e-4)
     assert table.equals(evaluate.compute_intervals(labels, logits, alone))
-    # Five pictures of each person are drawn together, and tell as much as one.
+    # Five pictures of each person are drawn together and carry as much information as one.
     of_pictures = table.loc["balanced_accuracy", "high"] - table.loc["balanced_accuracy", "low"]
     many = np.repeat(labels, 5), np.repeat(logits, 5, axis=0)
     of_persons = evaluate.compute_intervals(*many, np.repeat(alone, 5)).loc["balanced_accuracy"]
     assert of_persons["high"] - of_persons["low"] == pytest.approx(of_pictures, rel=0.1)
     perfect = evaluate.compute_intervals(labels, np.where(labels, 9.0, -9.0)[:, None], alone)
     assert perfect.loc["recall", "low"] == pytest.approx(44 / (44 + 1.95996**2)) and perfect["high"]["recall"] == 1
-    # All resamples of a perfect answer are perfect: they cannot say how certain it is.
+    # All resamples of a perfect classifier are perfect, so they give no interval.
     assert perfect["value"]["roc_auc"] == 1 and perfect.loc[["roc_auc", "f1"], ["low", "high"]].isna().all(axis=None)
 
 
-def test_people_in_both_classes_are_drawn_whole_and_have_an_interval():
-    """Before and after: what is a person's own raises both pictures, so AUC varies less than among strangers."""
+def test_people_with_pictures_in_both_classes_are_resampled_whole():
+    """Before and after: a person's own level raises both pictures, so AUC varies less than among strangers."""
     rng = np.random.default_rng(0)
     own, error = rng.normal(size=(30, 1)), 0.1 * rng.normal(size=(30, 2))
     logits = (own + [-0.5, 0.5] + error).reshape(-1, 1)  # before, after, before, ...
@@ -66,13 +66,13 @@ def test_people_in_both_classes_are_drawn_whole_and_have_an_interval():
 
 
 def known(phenotype, **columns):
-    """What is known of runs, as find_pictures has it: text."""
+    """Table of pictures as find_pictures returns it: all columns are text."""
     names = [f"s{i}" for i in range(len(phenotype))]
     pictures = pd.DataFrame({"sample_name": names, "group": names, "phenotype": phenotype, "status": "ok"})
     return pictures.assign(**{name: np.asarray(column).astype(str) for name, column in columns.items()})
 
 
-def test_what_tells_the_classes_apart_alone_is_flagged_and_what_does_not_is_not():
+def test_columns_that_separate_the_classes_are_flagged_and_others_are_not():
     rng = np.random.default_rng(0)
     label = np.repeat([0, 1], 20)
     pictures = known(
@@ -84,15 +84,15 @@ def test_what_tells_the_classes_apart_alone_is_flagged_and_what_does_not_is_not(
         note=[f"remark {i}" for i in range(40)],
         constant="1",
     )
-    table, left_out = evaluate.find_confounders(pictures)
+    table, not_tested = evaluate.find_confounders(pictures)
     assert set(table.index) == {"total_intensity", "start_time", "batch", "column"}
-    assert left_out == {"note": "40 names in 40 runs"}
+    assert not_tested == {"note": "40 names in 40 runs"}
     assert evaluate.flag_confounders(table) == ["start_time", "batch"]
     assert table["auc"].round(2)[["start_time", "batch", "column"]].tolist() == [0.98, 1, 0.5]
 
 
-def test_what_tells_the_classes_apart_in_no_order_is_flagged():
-    """Cases were measured in the middle: neither the alphabet nor a rank tells them from the controls."""
+def test_columns_are_flagged_whatever_the_order_of_their_values():
+    """Cases were measured in the middle: neither alphabetical order nor rank separates them from the controls."""
     rng = np.random.default_rng(0)
     case = np.repeat([False, True, False], 20)
     plate = 2 * rng.integers(0, 6, 60) + case
@@ -108,12 +108,12 @@ def test_what_tells_the_classes_apart_in_no_order_is_flagged():
     table, _ = evaluate.find_confounders(pictures)
     assert set(evaluate.flag_confounders(table)) == {"batch", "number", "day", "injection_order", "plate", "operator"}
     assert (table["auc"].drop("injection_order") == 1).all() and table["auc"]["injection_order"] > 0.9
-    # Of three phenotypes the one that is told apart best counts.
+    # Of three phenotypes the one that is separated best counts.
     three, _ = evaluate.find_confounders(pictures.assign(phenotype=np.where(case, "case", np.tile(["a", "b"], 30))))
     assert three["auc"]["batch"] == 1 and "batch" in evaluate.flag_confounders(three)
 
 
-def test_columns_as_spreadsheets_write_them_are_read():
+def test_numbers_and_dates_from_spreadsheets_are_read():
     case = np.repeat([False, True], 20)
     pictures = known(
         np.where(case, "case", "control"),
@@ -123,25 +123,25 @@ def test_columns_as_spreadsheets_write_them_are_read():
         plate=["1", "2"] * 10 + ["3a", "3b"] * 10,
         dose=[str(i) for i in range(39)] + ["none"],
     )
-    table, left_out = evaluate.find_confounders(pictures)
+    table, not_tested = evaluate.find_confounders(pictures)
     assert set(evaluate.flag_confounders(table)) == {"day", "us_day", "weight", "plate", "dose"}
-    assert left_out == {"dose": "1 values that are no numbers"}
+    assert not_tested == {"dose": "1 values that are not numbers"}
 
 
-def test_names_of_single_people_and_repeated_injections_explain_nothing():
+def test_names_of_people_are_not_tested_and_repeated_injections_count_once():
     rng = np.random.default_rng(0)
     person = np.repeat(np.arange(24), 5)
     person_of, site = [f"p{k}" for k in person], rng.permutation(np.repeat(["a", "b", "c"], 8))
     pictures = known(np.where(person % 2, "case", "control"), person=person_of, site=site[person])
-    together, left_out = evaluate.find_confounders(pictures.assign(group=person_of))
-    assert list(together.index) == ["site"]  # each person has a name, which is no batch
-    assert left_out == {"person": "24 names in 24 runs"}
+    together, not_tested = evaluate.find_confounders(pictures.assign(group=person_of))
+    assert list(together.index) == ["site"]  # each person has a name of their own
+    assert not_tested == {"person": "24 names in 24 runs"}
     alone, _ = evaluate.find_confounders(pictures.drop_duplicates("person"))
-    pd.testing.assert_frame_equal(together, alone)  # five injections of a person tell as much as one
+    pd.testing.assert_frame_equal(together, alone)  # five injections of a person count as one
 
 
 @pytest.mark.parametrize("n", [40, 298])
-def test_of_null_cohorts_hardly_any_is_warned_of(n):
+def test_few_random_cohorts_have_a_flagged_column(n):
     rng = np.random.default_rng(0)
     cohorts = []
     for _ in range(60):
@@ -169,26 +169,27 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_the_area_under_the_drawn_roc_curve_is_the_auc_ties_included():
+def test_the_area_under_the_drawn_roc_curve_is_the_auc_with_ties():
     rng = np.random.default_rng(0)
     labels, score = rng.integers(0, 2, 60), rng.integers(1, 9, 60) / 9
     probabilities = np.stack([1 - score, score], axis=1)
-    confusion = evaluate.count_confusions(labels, (score >= 0.5).astype(int), 2)
-    auc = evaluate.compute_intervals(labels, np.log(probabilities), np.arange(60)).loc["roc_auc"]
+    metrics = evaluate.compute_intervals(labels, np.log(probabilities), np.arange(60))
+    predictions = pd.DataFrame(probabilities, columns=["probability_no", "probability_yes"])
+    predictions["phenotype"] = np.where(labels, "yes", "no")
     both, cases = Figure().subplots(ncols=2)
-    evaluate.draw_roc(both, labels, probabilities, confusion, auc, ["no", "yes"])
+    evaluate.draw_roc(both, predictions, ["yes"], metrics)
     lines = {line.get_label(): line.get_xydata() for line in both.lines}
-    assert np.trapezoid(lines[" yes"][:, 1], lines[" yes"][:, 0]) == pytest.approx(auc["value"])
+    assert np.trapezoid(lines[" yes"][:, 1], lines[" yes"][:, 0]) == pytest.approx(metrics["value"]["roc_auc"])
     assert lines[" yes"][[0, -1]].tolist() == [[0, 0], [1, 1]]
-    assert lines["threshold"][0].tolist() in [point.tolist() for point in lines[" yes"]]  # it lies on the curve
-    evaluate.draw_roc(cases, labels[labels == 1], probabilities[labels == 1], confusion, auc, ["no", "yes"])
-    assert [line.get_label() for line in cases.lines] == ["chance", "threshold"]  # one class alone has no curve
+    assert np.isclose(lines["threshold"], lines[" yes"]).all(axis=1).any()  # it lies on the curve
+    evaluate.draw_roc(cases, predictions[labels == 1], ["yes"], metrics)
+    assert [line.get_label() for line in cases.lines] == ["chance", "threshold"]  # no curve of one class alone
 
 
 def test_calibration_counts_every_picture_once():
-    table = pd.DataFrame({"p": [0.05, 0.15, 0.95, 1.0, 0.9], "phenotype": list("aabba"), "of": "b"})
+    table = pd.DataFrame({"probability_b": [0.05, 0.15, 0.95, 1.0, 0.9], "phenotype": list("aabba")})
     ax = Figure().subplots()
-    evaluate.draw_calibration(ax, table)
+    evaluate.draw_calibration(ax, table, ["b"])
     dots = [line.get_xydata()[0].round(3).tolist() for line in ax.lines if line.get_marker() == "o"]
     assert dots == [[0.1, 0.0], [0.95, 0.667]]
     assert [text.get_text().strip() for text in ax.texts] == ["2", "3"]
@@ -203,11 +204,11 @@ def split_metrics(folder):
     return json.loads((folder / "metrics.json").read_text()), pd.read_csv(folder / "predictions.csv")
 
 
-def test_a_run_on_its_test_split(two, capsys):
+def test_a_run_is_evaluated_on_its_test_split(two, capsys):
     data, folder = two
     assert run("evaluate.py", folder, cwd=data.parent) == (0, "")
     printed = capsys.readouterr().out
-    assert "no network" in printed and "user is called where its probability is 0.5 or more" in printed
+    assert "no network" in printed and "user is predicted where its probability is 0.5 or more" in printed
     result, table = split_metrics(folder)
     assert set(table["sample_name"]) == {f"{name}{k}" for name in ("user", "non-user") for k in range(32, 37)}
     right = ((table["probability_user"] >= 0.5) == (table["phenotype"] == "user")).sum()
@@ -218,14 +219,14 @@ def test_a_run_on_its_test_split(two, capsys):
             assert image.format == "PNG" and min(image.size) > 400
 
 
-def test_a_run_whose_validation_pictures_chose_its_epoch_alone_may_be_judged_on_them(trained):
+def test_validation_pictures_that_only_chose_the_epoch_may_be_evaluated(trained):
     assert run("evaluate.py", trained, cwd=trained) == (0, "")
     before = (trained / "metrics.json").read_bytes()
     assert run("evaluate.py", trained, "--split", "val", cwd=trained) == (0, "")
     assert split_metrics(trained / "val")[0]["split"] == "val" and (trained / "metrics.json").read_bytes() == before
 
 
-def test_training_pictures_are_refused_under_any_name_and_other_data_have_a_folder_of_their_own(two, three, tmp_path):
+def test_training_pictures_are_refused_under_any_name_and_another_data_set_has_its_own_folder(two, three, tmp_path):
     data, folder = two
     run_of = Path(shutil.copytree(folder, tmp_path / "run"))
     assert run("evaluate.py", run_of, cwd=tmp_path) == (0, "")
@@ -248,8 +249,8 @@ def test_training_pictures_are_refused_under_any_name_and_other_data_have_a_fold
     assert (run_of / "metrics.json").read_bytes() == own and len(list(run_of.glob("data-*-test/metrics.json"))) == 1
 
 
-def test_what_else_could_explain_it_is_sought_in_all_splits_that_there_are(two, tmp_path, capsys):
-    """The users of training and validation were measured late; in the test split late and early are balanced."""
+def test_confounders_are_tested_in_all_splits_of_the_data_set(two, tmp_path, capsys):
+    """Users were measured late in training and validation; the test split has as many late as early ones."""
     data, folder = two
     other = Path(shutil.copytree(data, tmp_path / "data"))
     table = pd.read_csv(other / "samples.csv")
@@ -266,22 +267,22 @@ def test_what_else_could_explain_it_is_sought_in_all_splits_that_there_are(two, 
         for split in ("train", "val"):
             shutil.rmtree(other / split, ignore_errors=True)
     assert batch == {"all": True, "test alone": False}
-    assert "of all 74 runs" in capsys.readouterr().out
+    assert "of all 74 pictures" in capsys.readouterr().out
 
 
 def test_three_phenotypes_from_pictures_to_figures(three, capsys):
     assert run("evaluate.py", three[1], cwd=three[0].parent) == (0, "")
     result, table = split_metrics(three[1])
-    assert "the most probable class is called" in capsys.readouterr().out and len(table) == 15
+    assert "the most probable class is predicted" in capsys.readouterr().out and len(table) == 15
     assert np.sum(result["confusion"]) == 15 and np.trace(result["confusion"]) >= 10
 
 
-def test_what_must_be_said_is_in_every_title_and_one_figure_has_three_panels(two, tmp_path, figures, capsys):
+def test_cautions_are_in_every_title_and_test_png_has_three_panels(two, tmp_path, figures, capsys):
     data = two[0]
     flags = ["--backbone", "test_resnet", "--data", data, *TINY, "--epochs", 1, "--shuffle-labels"]
     assert run("train.py", *flags, cwd=tmp_path) == (0, "")
     capsys.readouterr()
-    assert run("evaluate.py", cwd=tmp_path) == (0, "")  # without a name: the newest run
+    assert run("evaluate.py", cwd=tmp_path) == (0, "")  # no RUN: the newest
     assert list(figures) == ["test.png", "prediction_matrix.png"]
     for text in [capsys.readouterr().out, *(title for title, _ in figures.values())]:
         assert "random initialisation" in text and "trained on shuffled labels" in text
@@ -289,7 +290,7 @@ def test_what_must_be_said_is_in_every_title_and_one_figure_has_three_panels(two
     assert panels == ["predicted", "false positive rate", "predicted probability of user"]
 
 
-def test_what_is_true_of_a_picture_is_what_its_folder_says(two, tmp_path):
+def test_the_folder_of_a_picture_is_its_true_phenotype(two, tmp_path):
     data, folder = two
     other = Path(shutil.copytree(data, tmp_path / "data"))  # every test phenotype exchanged
     for old, new in (("user", "x"), ("non-user", "user"), ("x", "non-user")):
@@ -303,7 +304,7 @@ def test_what_is_true_of_a_picture_is_what_its_folder_says(two, tmp_path):
     assert counts[1] == [fp, tn, tp, fn]
 
 
-def test_a_fold_is_not_judged_on_what_it_has_seen(two, tmp_path):
+def test_a_fold_is_not_evaluated_on_pictures_that_it_was_fitted_to(two, tmp_path):
     flags = ["--backbone", "pixels", "--data", two[0], "--folds", 3, "--epochs", 1]
     assert run("train.py", *flags, cwd=tmp_path) == (0, "")
     fold = tmp_path / "runs/data/pixels/seed2643-fold1"
@@ -319,7 +320,7 @@ def test_other_axes_other_classes_and_moved_data_are_refused_with_the_reason(two
     assert run(*coarse, "--bins", 12, "--sigma", 1, "--normalize", "global", cwd=tmp_path) == (0, "")
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
     for run_, flags, words in (
-        (folder, ["--data", three[0]], "a, b, c is none of the run's classes, non-user, user"),
+        (folder, ["--data", three[0]], "a, b, c: not among the run's classes, non-user, user"),
         (folder, ["--data", "coarse"], "bins is (12, 12), not (64, 64)"),
         (moved, ["--data", "nowhere"], "nowhere: no such data set"),
         ("nowhere", [], "nowhere: no best.pt"),
@@ -328,19 +329,19 @@ def test_other_axes_other_classes_and_moved_data_are_refused_with_the_reason(two
         assert status == 1 and words in line and "\n" not in line
 
 
-# ---------------------------------------------------------------- several runs that vote
+# ---------------------------------------------------------------- an ensemble of several runs
 
 
 @pytest.fixture(scope="session")
 def folds(two, tmp_path_factory):
-    """Folder of three folds, not trained to the end, so that they differ."""
+    """Folder of three folds, trained briefly, so that they differ."""
     flags = ["--backbone", "pixels", "--data", two[0], "--folds", 3, "--epochs", 2, "--lr", 0.1, "--image-size", 64]
     folder = tmp_path_factory.mktemp("folds")
     assert run("train.py", *flags, cwd=folder) == (0, "")
     return folder / "runs/data/pixels"
 
 
-def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, capsys):
+def test_an_ensemble_predicts_the_mean_of_the_probabilities_of_its_folds(two, folds, tmp_path, capsys):
     members = []
     for k in range(3):
         assert run("evaluate.py", folds / f"seed2643-fold{k}", "--out", f"{k}", cwd=tmp_path) == (0, "")
@@ -365,16 +366,16 @@ def test_folds_vote_with_the_mean_of_their_probabilities(two, folds, tmp_path, c
         assert (folds / f"ensemble/{name}.png").stat().st_size > 10_000
 
 
-def test_of_more_classes_the_spread_is_that_of_the_class_called():
-    votes = np.array([[[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]], [[0.1, 0.4, 0.5], [0.4, 0.3, 0.3]]])
-    table = evaluate.tabulate_predictions(votes, ["a", "b", "c"], None)
+def test_probability_std_is_that_of_the_predicted_class():
+    members = np.array([[[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]], [[0.1, 0.4, 0.5], [0.4, 0.3, 0.3]]])
+    table = evaluate.tabulate(members, ["a", "b", "c"], None)
     assert table["predicted"].tolist() == ["c", "a"]
-    assert table[["probability_a", "probability_b", "probability_c"]].to_numpy() == pytest.approx(votes.mean(0))
+    assert table[["probability_a", "probability_b", "probability_c"]].to_numpy() == pytest.approx(members.mean(0))
     assert table["probability_std"].tolist() == pytest.approx([0.1, 0.05])
-    assert "probability_std" not in evaluate.tabulate_predictions(votes[:1], ["a", "b", "c"], None)
+    assert "probability_std" not in evaluate.tabulate(members[:1], ["a", "b", "c"], None)
 
 
-def test_a_fold_among_the_members_keeps_train_and_val_from_being_judged(two, folds, tmp_path):
+def test_an_ensemble_with_a_fold_is_not_evaluated_on_train_or_val(two, folds, tmp_path):
     members = [two[1], folds / "seed2643-fold0", "--ensemble", "--out", "out"]
     for flags in (["--split", "val"], ["--split", "train", "--data", two[0]]):
         status, line = run("evaluate.py", *members, *flags, cwd=tmp_path)
@@ -394,12 +395,11 @@ def altered(source, folder, change):
     return folder
 
 
-def test_only_runs_of_one_data_set_its_axes_and_classes_vote(two, tmp_path):
+def test_an_ensemble_needs_the_same_data_set_and_classes(two, tmp_path):
     data, folder = two
     for name, change, words in (
-        ("classes", lambda c: c["config"]["classes"].reverse(), "its classes, or which of them is positive, are not"),
-        ("axes", lambda c: c["recipe"].update(rt_max="12.0"), "another kind of picture than the others"),
-        ("data", lambda c: c["config"]["settings"].update(pictures=1), "its data set, or how it was split, is not"),
+        ("classes", lambda c: c["config"]["classes"].reverse(), "its classes, or their order, differ"),
+        ("data", lambda c: c["config"]["settings"].update(pictures=1), "its data set, or its split, differs"),
     ):
         other = altered(folder, tmp_path / name, change)
         for flags in (["--ensemble"], ["--predict", data.parent / "raw/user00.mzML"]):
@@ -408,7 +408,7 @@ def test_only_runs_of_one_data_set_its_axes_and_classes_vote(two, tmp_path):
             assert not (tmp_path / "out").exists()
 
 
-def test_what_must_be_said_of_one_member_is_said_of_the_ensemble(two, tmp_path, capsys):
+def test_a_caution_about_one_run_is_in_the_title_of_the_ensemble(two, tmp_path, capsys):
     shuffled = altered(two[1], tmp_path / "x", lambda c: c["config"]["settings"].update(shuffle_labels=True))
     assert run("evaluate.py", two[1], shuffled, "--ensemble", "--out", "out", cwd=tmp_path) == (0, "")
     title = split_metrics(tmp_path / "out")[0]["title"]
@@ -416,7 +416,7 @@ def test_what_must_be_said_of_one_member_is_said_of_the_ensemble(two, tmp_path, 
     assert title.endswith("no network; trained on shuffled labels")
 
 
-def test_several_runs_predict_the_mean_and_read_each_file_once(two, folds, tmp_path, monkeypatch):
+def test_an_ensemble_predicts_new_files_and_reads_each_once(two, folds, tmp_path, monkeypatch):
     files = [two[0].parent / f"raw/{name}.mzML" for name in ("user33", "non-user34")]
     read, make_picture = [], evaluate.make_picture
     for k in (0, 1):
@@ -435,10 +435,10 @@ def test_several_runs_predict_the_mean_and_read_each_file_once(two, folds, tmp_p
     assert both["file"].tolist() == list(map(str, files))
 
 
-# ---------------------------------------------------------------- new raw runs
+# ---------------------------------------------------------------- new raw files
 
 
-def test_a_raw_run_gives_what_its_picture_gives_and_a_bad_one_costs_no_other(two, tmp_path):
+def test_a_raw_file_is_predicted_like_its_picture_and_a_bad_file_is_skipped(two, tmp_path):
     data, folder = two
     assert run("evaluate.py", folder, "--out", "out", cwd=tmp_path) == (0, "")
     expected = split_metrics(tmp_path / "out")[1].set_index("sample_name")
@@ -463,14 +463,14 @@ def test_a_raw_run_gives_what_its_picture_gives_and_a_bad_one_costs_no_other(two
     of_pictures = pd.read_csv(tmp_path / "png.csv")
     probabilities = [expected["probability_user"][picture.stem] for picture in pictures]
     assert of_pictures["probability_user"].to_numpy() == pytest.approx(probabilities, abs=1e-6)
-    assert of_pictures["warning"].str.contains("how its run was measured is unknown").all()
+    assert of_pictures["warning"].str.contains("how its raw file was measured is unknown").all()
     content = (tmp_path / "new.csv").read_bytes()
     status, line = run("evaluate.py", folder, "--predict", good[0], "--out", "new.csv", cwd=tmp_path)
     assert status == 1 and "exists already" in line and (tmp_path / "new.csv").read_bytes() == content
 
 
-def test_a_run_that_came_later_inside_the_same_window_is_warned_of(demo, trained, tmp_path):
-    """By 0.8 minutes, five of the 64 bins; the runs themselves are not."""
+def test_a_raw_file_with_a_retention_shift_has_a_warning(demo, trained, tmp_path):
+    """The shift is 0.8 minutes, five of the 64 bins; the unshifted files have no warning."""
     files = []
     for picture in sorted(demo.glob("test/*/*.png")):
         path = demo / "raw" / f"{picture.stem}.mzML"
@@ -490,7 +490,7 @@ def test_a_run_that_came_later_inside_the_same_window_is_warned_of(demo, trained
 def table_run(
     root, backbone, seed, val_loss, data_set="golestan", f1=0.9, suffix="", origin="pretrained", solved=False, **more
 ):
-    """A run folder with what a comparison reads: config.json and epochs.csv of three epochs, the second one best."""
+    """A run folder for a comparison: config.json, and epochs.csv of three epochs, the second one best."""
     folder = root / data_set / backbone / f"seed{seed}{suffix}"
     folder.mkdir(parents=True)
     (folder / "best.pt").touch()
@@ -528,10 +528,10 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     for split in ("train", "val"):
         columns += [f"{split}_{name}" for name in ("loss", "accuracy", "f1", "precision", "recall")]
     assert header.split()[:17] == [*columns, "baseline_loss", "seconds"]
-    assert "Kruskal" not in text  # no replicates, no tests
+    assert "Kruskal" not in text  # without replicates
 
 
-def test_what_no_picture_chose_stands_apart_from_the_epoch_that_was_chosen(tmp_path):
+def test_runs_judged_out_of_fold_and_by_validation_are_compared_apart(tmp_path):
     table_run(tmp_path, "resnet18", 1, 0.2)
     table_run(tmp_path, "vgg11", 1, 0.1)
     for backbone, loss in (("pixels", 0.4), ("mobileone_s3", 0.3)):
@@ -544,14 +544,14 @@ def test_what_no_picture_chose_stands_apart_from_the_epoch_that_was_chosen(tmp_p
     assert table["judged"].tolist() == ["out of fold"] * 6 + ["validation"] * 4
     assert table["backbone"].tolist() == ["mobileone_s3"] * 3 + ["pixels"] * 3 + ["vgg11"] + ["resnet18"] * 3
     text = (tmp_path / "comparison.md").read_text()
-    assert "too good beside the others" in text.split("```")[0]
+    assert "val_ is too good" in text.split("```")[0]
     pairs = [line.split("  ")[0] for line in text.splitlines() if " / " in line]
-    assert pairs == ["golestan/mobileone_s3 / golestan/pixels"]  # tests are between what is judged alike
+    assert pairs == ["golestan/mobileone_s3 / golestan/pixels"]  # only between runs that are judged alike
 
 
 def replicates_in(path):
     """{label: [numbers]} of the table of replicates in a comparison.md."""
-    lines = path.read_text().split("replicates of")[1].split("```")[0].strip().splitlines()
+    lines = path.read_text().split("\nreplicates ")[1].split("```")[0].strip().splitlines()
     return {label: list(map(float, numbers.split())) for label, numbers in (line.split("  ", 1) for line in lines)}
 
 
@@ -561,36 +561,35 @@ LOSSES = {
     "vgg11": [0.44, 0.39, 0.33, 0.52, 0.47],
     "pixels": [0.26, 0.30, 0.52],
 }
-# scikit-posthocs 0.17.1 (SciPy 1.17.1) on LOSSES, which have ties: posthoc_dunn(groups), and with p_adjust="fdr_bh".
-DUNN = [0.06463730251, 0.005087507807, 0.380197657539, 0.340244760374, 0.469880472169, 0.121481232924]
+# scikit-posthocs 0.17.1 (SciPy 1.17.1) on LOSSES, which have ties: posthoc_dunn(groups, p_adjust="fdr_bh").
 DUNN_ADJUSTED = [0.193911907529, 0.030525046843, 0.456237189046, 0.456237189046, 0.469880472169, 0.242962465848]
 
 
 def test_dunns_p_values_are_those_of_scikit_posthocs():
-    assert evaluate.dunn([np.array(values) for values in LOSSES.values()]) == pytest.approx(DUNN, abs=1e-10)
     replicates = {name: pd.DataFrame({"val_loss": values, "val_f1": 0.9}) for name, values in LOSSES.items()}
-    tests = evaluate.compute_p_values(replicates, ["val_loss", "val_f1"])
+    p = evaluate.compute_p_values(pd.concat(replicates).droplevel(1), ["val_loss", "val_f1"])
     kruskal = 0.03838948028589229  # scipy.stats.kruskal
-    assert tests["val_loss"].tolist() == pytest.approx([kruskal, *DUNN_ADJUSTED], abs=1e-10)
-    assert tests["val_f1"].isna().all()  # nothing can be said of a metric that never differs
+    assert p["val_loss"].tolist() == pytest.approx([kruskal, *DUNN_ADJUSTED], abs=1e-10)
+    assert p["val_f1"].isna().all()  # a metric that never differs has no p value
 
 
-def test_folds_are_judged_together_and_not_tested_against_each_other(two, tmp_path):
+def test_folds_are_pooled_and_have_no_p_values(two, tmp_path):
     flags = ["--data", two[0], "--folds", 3, "--image-size", 64]
     for grid in (4, 16):
         more = ["--backbone", "pixels", "--scales", f"1:{grid}", "--name", f"grid{grid}"]
         assert run("train.py", *flags, *more, cwd=tmp_path) == (0, "")
     assert run("evaluate.py", "runs", cwd=tmp_path) == (0, "")
     text = (tmp_path / "runs/comparison.md").read_text()
-    assert "All folds of a training together" in text and "p values" not in text
+    assert "Held-out pictures of all folds" in text and "p values" not in text
     held_out = pd.read_csv(tmp_path / "runs/out_of_fold.csv")
     assert held_out.groupby("training")["sample_name"].nunique().tolist() == [64, 64] and len(held_out) == 128
     best = held_out[held_out["training"].str.contains("grid16")]
     accuracy = ((best["logit_0"] > 0) == (best["phenotype"] == "user")).mean()
-    assert f"{accuracy:.3f} (" in text.split("All folds")[1]
+    grid16 = text.split("Held-out pictures")[1].split("grid16")[1]
+    assert grid16.split()[1:3] == ["accuracy", f"{accuracy:.3g}"]
 
 
-def test_replicates_are_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
+def test_replicates_are_runs_that_differ_only_in_the_seed(tmp_path, capsys):
     for backbone, losses in LOSSES.items():
         for seed, loss in enumerate(losses):
             table_run(tmp_path, backbone, seed, loss, origin="no network" if backbone == "pixels" else "pretrained")
@@ -603,12 +602,12 @@ def test_replicates_are_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
     runs = {"golestan/mobileone_s3": 5, "golestan/pixels (no network)": 3, "golestan/resnet18": 5}
     runs |= {"golestan/vgg11": 5, "golestan/resnet18 (trained on shuffled labels)": 2}
     assert {label: numbers[-1] for label, numbers in table.items()} == runs
-    assert "golestan/mixed: its runs have different settings" in capsys.readouterr().out
+    assert "golestan/mixed: not replicates, as settings differ" in capsys.readouterr().out
     median, deviation = table["golestan/mobileone_s3"][:2]
     assert median == pytest.approx(0.29)
     assert deviation == pytest.approx(np.std(LOSSES["mobileone_s3"], ddof=1), rel=0.01)
     pairs = [line for line in (tmp_path / "comparison.md").read_text().splitlines() if " / " in line]
-    assert len(pairs) == 6 and not any("shuffled" in pair for pair in pairs)  # a control is not a contender
+    assert len(pairs) == 6 and not any("shuffled" in pair for pair in pairs)  # shuffled labels are a control
     assert (tmp_path / "replicates.png").exists()
 
 

@@ -1,4 +1,4 @@
-"""explain.py: positions survive, a planted peak is found, tables are read and queried."""
+"""explain.py: maps keep positions, a planted peak is found, lists of features are read and queried."""
 
 import shutil
 from dataclasses import replace
@@ -37,26 +37,27 @@ def network(two):
     return data.parent / "runs" / data.name / "test_resnet" / "seed2643"
 
 
-def test_where_heat_fails_the_ranking_is_written_all_the_same(two, network, tmp_path, monkeypatch, capsys):
-    def fails(*_):
-        raise InputError("no heat at stage2 (a list has no place); name others with --layers")
+def test_the_ranking_is_written_although_the_default_layer_has_no_cam(two, network, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise InputError("no CAM at stage2 (a list has no place); try other --layers")
 
     monkeypatch.setattr(explain, "compute_cams", fails)
     assert run("explain.py", network, "--out", tmp_path, cwd=two[0].parent) == (0, "")
-    assert "no cam_grid.png: no heat at stage2" in capsys.readouterr().out
+    assert "no cam_grid.png: no CAM at stage2" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"features.csv", "inclusion.csv", "overlay.png"}
     status, line = run("explain.py", network, "--out", tmp_path, "--layers", "layer1", cwd=two[0].parent)
-    assert status == 1 and "no heat at stage2" in line
+    assert status == 1 and "no CAM at stage2" in line
 
 
+@pytest.mark.parametrize("scales", [None, ["last:1"]])
 @pytest.mark.parametrize("name", ["hrnet_w18_small", "coat_mini", "mvitv2_tiny"])
-def test_maps_that_no_module_returns_have_heat_where_the_head_sees_them(name):
-    model = Classifier(name, 1, finetune="all").eval()
+def test_the_default_layer_is_the_map_that_the_head_sees_where_no_module_returns_one(name, scales):
+    model = Classifier(name, 1, scales, finetune="all").eval()
     nn.init.normal_(model.head.weight)
     layers = explain.choose_layers(model)
     picture = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    heat = next(explain.compute_cams(model, layers, RECIPE, [picture], 1))
-    assert layers == ["taps.0"] and heat.shape == (64, 64) and heat.max() > 0
+    cam = next(explain.compute_cams(model, layers, RECIPE, [picture], 1))
+    assert layers == ["taps.0"] and cam.shape == (64, 64) and cam.max() > 0
 
 
 def test_resizing_keeps_every_position_to_half_a_pixel():
@@ -74,7 +75,7 @@ def test_the_planted_peak_leads_the_evidence_and_the_ranking(two, network, name,
     folder = two[1] if name == "pixels" else network
     assert run("explain.py", folder, cwd=two[0].parent) == (0, "")
     said = capsys.readouterr().out
-    assert "3 inside the axes, 1 outside" in said and said.startswith(name)
+    assert "3 of 4 inside the axes" in said and said.startswith(name)
     assert ("no network" if name == "pixels" else "random initialisation") in said.splitlines()[0]
     assert ("no cam_grid.png: the head sees the picture alone" in said) == (name == "pixels")
     row, column = np.unravel_index(abs(maps[0]).argmax(), maps[0].shape)
@@ -97,21 +98,21 @@ def test_the_planted_peak_leads_the_evidence_and_the_ranking(two, network, name,
             assert min(image.size) > 500
 
 
-def test_the_other_class_has_an_answer_of_its_own(two, network, tmp_path):
+def test_a_feature_is_up_in_one_class_and_down_in_the_other(two, network, tmp_path):
     flags = ["--class", "non-user", "--n", 2, "--out", tmp_path / "other"]
     assert run("explain.py", two[1], *flags, "--features", two[0] / "features.csv", cwd=two[0].parent) == (0, "")
     table = pd.read_csv(tmp_path / "other/features.csv")
     assert table["name"][0].startswith("Morphine") and table["direction"][0] == "down"
 
 
-def test_evidence_of_measurements_stored_in_half_precision_is_that_of_double(two, network, tmp_path):
+def test_half_precision_gives_the_evidence_of_double_precision(two, network, tmp_path):
     rng = np.random.default_rng(0)
     places = pd.DataFrame({"rt": rng.uniform(1, 11, 300), "mz": rng.uniform(100, 900, 300)})
     places.to_csv(tmp_path / "places.csv", index=False)
     assert run("explain.py", network, "--features", "places.csv", "--out", "out", cwd=tmp_path) == (0, "")
     answer = pd.read_csv(tmp_path / "out/features.csv")
     model, checkpoint = explain.load_run(network)
-    _, pictures = explain.read_split(checkpoint, None, "all")
+    _, pictures = explain.read_split(checkpoint, checkpoint["config"]["data"], "all")
     p = explain.predict_probabilities([model], RECIPE, pictures)[0][:, 1]
     measured = np.array([explain.local_intensity(picture, RECIPE, 0.3).ravel() for picture in pictures], float)
     evidence = explain.compute_evidence(measured, p, explain.find_common_components(measured, p))
@@ -120,31 +121,33 @@ def test_evidence_of_measurements_stored_in_half_precision_is_that_of_double(two
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "swin"])
-def test_any_kind_of_backbone_has_heat_for_either_class(backbone):
+def test_any_kind_of_backbone_has_a_cam_of_either_class(backbone):
     model = Classifier("test_resnet" if backbone == "swin" else backbone, 1, ["last:1"], 64)
     if backbone == "swin":  # its maps are channels last; a small one, as Swin-T takes its time
         small = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "img_size": 64}
         model.backbone = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **small)
-        model.standardize, model.head, model.blocks = nn.BatchNorm1d(32, affine=False), nn.Linear(32, 1), [32]
-        model.scales, model.maps = [(8, 1)], [1]
+        model.standardize, model.head, model.sizes = nn.BatchNorm1d(32, affine=False), nn.Linear(32, 1), [32]
+        model.scales, model.map_indices = [(8, 1, 1)], [1]
     model.eval().requires_grad_(False)  # as a frozen backbone is
     nn.init.normal_(model.head.weight)
     layers = explain.choose_layers(model)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 50, 40), np.uint8)
     maps = [np.array(list(explain.compute_cams(model, layers, RECIPE, pictures, k))) for k in (0, 1)]
-    for heat in maps:
-        assert heat.shape == (2, 50, 40) and np.isfinite(heat).all() and (heat >= 0).all() and heat.max() > 0
+    for cams in maps:
+        assert cams.shape == (2, 50, 40) and np.isfinite(cams).all() and (cams >= 0).all() and cams.max() > 0
     assert not np.allclose(*maps)
 
 
-def test_one_logit_stands_for_a_pair_of_opposite_scores():
-    scores = explain.Scores(Classifier("pixels", 1, ["1:8"], 32).eval())
-    nn.init.normal_(scores.model.head.weight)
-    z = scores(torch.rand(3, 3, 32, 32))
-    assert z.shape == (3, 2) and torch.allclose(z[:, 0], -z[:, 1]) and z.abs().min() > 0
+def test_one_logit_explains_both_classes():
+    model = Classifier("test_resnet", 1, ["last:1"], 64).eval()
+    nn.init.normal_(model.head.weight)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    cam = next(explain.compute_cams(model, ["taps.0"], RECIPE, [picture], 0))
+    model.head.weight.data.neg_()  # swaps the classes
+    assert np.array_equal(cam, next(explain.compute_cams(model, ["taps.0"], RECIPE, [picture], 1))) and cam.max() > 0
 
 
-def test_evidence_is_what_goes_with_the_calls_however_bright():
+def test_evidence_follows_the_predictions_and_not_the_brightness():
     rng = np.random.default_rng(0)
     p = rng.uniform(size=80)
     intensities = rng.uniform(0, 0.1, (80, 20))
@@ -159,31 +162,31 @@ def test_evidence_is_what_goes_with_the_calls_however_bright():
     assert abs(evidence).max() < 0.4
 
 
-def test_what_whole_pictures_have_in_common_is_taken_out_unless_it_is_the_class():
+def test_a_batch_effect_is_projected_out_but_the_class_is_not():
     rng = np.random.default_rng(0)
-    batch, called = np.repeat([0.0, 1.0], 40), np.tile([0.0, 1.0], 40)
-    p = 0.7 * called + 0.2 * batch + rng.uniform(0, 0.1, 80)  # the network has learned a little of the batch
+    batch, predicted = np.repeat([0.0, 1.0], 40), np.tile([0.0, 1.0], 40)
+    p = 0.7 * predicted + 0.2 * batch + rng.uniform(0, 0.1, 80)  # the network has learned a little of the batch
     intensities = rng.normal(0, 0.1, (80, 100))
     intensities[:, 50:] += batch[:, None]
-    intensities[:, 23] += 0.3 * called
+    intensities[:, 23] += 0.3 * predicted
     evidence = explain.compute_evidence(intensities, p, explain.find_common_components(intensities, p))
     before = explain.compute_evidence(intensities, p, np.empty((80, 0)))
     assert abs(evidence).argmax() == 23
     assert abs(evidence[50:]).mean() < 0.12 < 0.24 < abs(before[50:]).mean()
-    # Most of what is measured differs between the classes: that is no drift.
-    intensities[:, 50:] += called[:, None] - batch[:, None]
+    # Half of the picture differs between the classes, so the first component is the class.
+    intensities[:, 50:] += predicted[:, None] - batch[:, None]
     evidence = explain.compute_evidence(intensities, p, explain.find_common_components(intensities, p))
     assert evidence[50:].min() > 0.9
 
 
-def test_evidence_by_blocks_is_the_correlation_after_regressing_the_components_out():
-    """Three blocks of pixels, the last one narrower."""
+def test_evidence_is_the_correlation_after_regressing_the_components_out():
+    """The intensities are processed in three chunks of pixels."""
     rng = np.random.default_rng(0)
     p, drift, batch = rng.uniform(size=(3, 300))
     intensities = rng.normal(0, 0.1, (300, 60_000))
     intensities += np.outer(batch, rng.uniform(size=60_000)) + np.outer(drift, rng.uniform(0, 0.5, 60_000))
     intensities[:, ::7] += 0.1 * p[:, None]
-    assert [block.shape[1] for _, block in explain.column_chunks(intensities)] == [27962, 27962, 4076]
+    assert [chunk.shape for chunk in explain.column_chunks(intensities)] == [(300, 20_000)] * 3
     components = explain.find_common_components(intensities, p)
     assert abs(components.T @ components - np.eye(2)).max() < 1e-9
     known = np.column_stack([np.ones(300), components])
@@ -193,7 +196,7 @@ def test_evidence_by_blocks_is_the_correlation_after_regressing_the_components_o
     assert explain.compute_evidence(intensities, p, components) == pytest.approx(expected, abs=1e-5)
 
 
-def test_of_features_that_go_with_nothing_one_in_twenty_has_a_p_below_a_twentieth():
+def test_five_percent_of_random_features_have_a_p_below_five_percent():
     rng = np.random.default_rng(0)
     p = rng.uniform(size=100)
     intensities = rng.normal(size=(100, 1000))
@@ -206,8 +209,7 @@ def test_of_features_that_go_with_nothing_one_in_twenty_has_a_p_below_a_twentiet
     assert table["p"][1] > 0.99 and 0.03 < (table["p"][2:] < 0.05).mean() < 0.07
 
 
-def test_a_person_injected_three_times_tells_as_much_as_one_injected_once(two, network, tmp_path):
-    """What the injections of one person share is no news: the answer is that of their mean."""
+def test_three_injections_of_a_person_count_as_one(two, network, tmp_path):
     data = shutil.copytree(two[0], tmp_path / "data")
     samples = pd.read_csv(data / "samples.csv", dtype=str)
     for i in (1, 2):
@@ -227,85 +229,85 @@ def test_a_person_injected_three_times_tells_as_much_as_one_injected_once(two, n
     pd.testing.assert_frame_equal(once, thrice, rtol=1e-3, atol=1e-6)
 
 
-def test_t_asks_the_known_phenotypes_and_in_box_counts_the_neighbours():
+def test_t_compares_the_known_phenotypes_and_in_box_counts_the_neighbours():
     rng = np.random.default_rng(0)
     intensities = rng.normal(size=(12, 64, 64))
     intensities[:6, 10, 20] += 3
-    intensities[:, 50, 50] = 0  # nothing is measured there
+    intensities[:, 50, 50] = 0  # no intensity there
     measured = intensities.reshape(12, -1)
     rt, mz = RECIPE.from_fraction((np.array([20, 21, 50]) + 0.5) / 64, (np.array([10, 10, 50]) + 0.5) / 64)
     table = pd.DataFrame({"rt": rt, "mz": mz, "name": list("abc"), "t": 9.0})
-    of_class = np.array([1.0] * 5 + [np.nan] + [0.0] * 6)
+    in_class = np.array([1.0] * 5 + [np.nan] + [0.0] * 6)
 
-    def ranked(of_class, drift=0.3):
-        tests = explain.compare_phenotypes(explain.look_up(measured, table, RECIPE), of_class)
-        return explain.rank_features(table, np.zeros(3), tests, [drift, 25.0]).set_index("name")
+    def ranked(in_class, tolerance=0.3):
+        tests = explain.compare_phenotypes(explain.look_up(measured, table, RECIPE), in_class)
+        return explain.rank_features(table, np.zeros(3), tests, [tolerance, 25.0]).set_index("name")
 
-    found = ranked(of_class)
+    found = ranked(in_class)
     expected = ttest_ind(intensities[:5, 10, 20], intensities[6:, 10, 20], equal_var=False)
     assert found["t"]["a"] == pytest.approx(expected.statistic) and found["t_q"]["a"] < 0.05 < found["t_q"]["b"]
     assert np.isnan(found["t"]["c"]) and found["t_q"]["c"] == 1
-    assert list(found["in_box"]) == [1, 1, 0] and list(ranked(of_class, drift=0.1)["in_box"]) == [0, 0, 0]
+    assert list(found["in_box"]) == [1, 1, 0] and list(ranked(in_class, tolerance=0.1)["in_box"]) == [0, 0, 0]
     for few in (np.full(12, np.nan), np.array([1.0] + [0.0] * 11)):
         assert ranked(few)[["t", "t_q"]].isna().all(axis=None)
 
 
-def test_all_maps_of_a_figure_share_one_scale(tmp_path, monkeypatch):
+def test_all_cams_of_a_figure_share_one_scale(tmp_path, monkeypatch):
     norms, show = [], explain.show
     monkeypatch.setattr(explain, "show", lambda *a, norm=None, **b: [norms.append(norm), show(*a, norm=norm, **b)][1])
-    table = pd.DataFrame({"sample_name": ["a", "b"], "phenotype": "user", "caption": ""})
+    table = pd.DataFrame({"sample_name": ["a", "b"], "phenotype": "user", "probability": 0.5})
     pictures = np.zeros((2, 64, 64), np.uint8)
     maps = np.stack([np.full((64, 64), 2.0), np.full((64, 64), 0.02)])
     explain.draw_cam_grid(tmp_path / "grid.png", table, pictures, maps, RECIPE, "")
     assert norms[1] is norms[3] and norms[1](2.0) == 1 and norms[1](0.02) == pytest.approx(0.1)
 
 
-def test_intensity_forgives_drift_and_in_rt_what_all_masses_of_a_time_have_in_common():
+def test_local_intensity_tolerates_retention_shifts_and_with_rt_removes_what_all_masses_share():
     def intensity(column, normalize="quantile", around=0.0):
         values = np.zeros((64, 64))
         values[20, column] = 0.4
         values[:, 25:35] += around
         picture = (255 * values).astype(np.uint8)
-        return explain.local_intensity(picture, replace(RECIPE, normalize=normalize), drift=1.0)[20, 30]
+        return explain.local_intensity(picture, replace(RECIPE, normalize=normalize), tolerance=1.0)[20, 30]
 
     assert intensity(30) == pytest.approx(intensity(32), rel=0.01) and intensity(45) == 0 < intensity(30)
     assert intensity(30, around=0.2) > intensity(30) + 0.1
     assert intensity(30, "rt", around=0.2) == pytest.approx(intensity(30, "rt"), abs=0.01)
 
 
-def test_the_list_for_the_instrument_holds_what_the_calls_go_with_and_the_phenotypes_differ_in():
+def test_the_inclusion_list_needs_q_and_t_q():
     table = pd.DataFrame({"name": ["a", "b", "c"], "mz": [462.175, 300.0, 400.0], "rt": [0.2, 5.0, 6.0]})
     table = table.assign(q=[0.01, 0.3, 0.01], t_q=[0.01, 0.01, 0.3])
-    targets = explain.make_inclusion_list(table, drift=0.3)
+    targets = explain.make_inclusion_list(table, tolerance=0.3)
     assert list(targets) == ["Compound", "Formula", "Adduct", "m/z", "z", "t start (min)", "t stop (min)"]
     assert targets.to_numpy().tolist() == [["a", "", "(no adduct)", 462.175, 1, 0.0, 0.5]]
-    for unknown, names in (("q", "ab"), ("t_q", "ac")):  # all called alike; new runs of unknown phenotype
-        targets = explain.make_inclusion_list(table.assign(**{unknown: np.nan}), drift=0.3)
+    for unknown, names in (("q", "ab"), ("t_q", "ac")):  # equal predictions; unknown phenotypes
+        targets = explain.make_inclusion_list(table.assign(**{unknown: np.nan}), tolerance=0.3)
         assert targets["Compound"].tolist() == list(names)
 
 
-def test_a_raw_run_is_explained_as_its_picture_is_and_other_axes_are_refused(two, network, tmp_path, capsys):
+def test_a_raw_file_is_explained_like_its_picture_and_other_axes_are_refused(two, network, tmp_path, capsys):
     data = two[0]
     picture = next(data.glob("test/user/*.png"))
     (tmp_path / "raw").mkdir()
     shutil.copy(data.parent / "raw" / f"{picture.stem}.mzML", tmp_path / "raw")
     tables = {}
-    (tmp_path / "raw/empty.mzML").touch()  # costs no other
+    (tmp_path / "raw/empty.mzML").touch()  # is skipped
     for name, source in (("png", picture), ("raw", tmp_path / "raw")):
         flags = ["--features", data / "features.csv", "--layers", "act1", "layer1", "--query", "average_rt_min_ < 5"]
         assert run("explain.py", network, "--input", source, *flags, "--out", name, cwd=tmp_path) == (0, "")
-        assert "in place of evidence stands their mean heat" in capsys.readouterr().out
+        assert "mean CAM replaces evidence" in capsys.readouterr().out
         tables[name] = pd.read_csv(tmp_path / name / "features.csv")
         assert tables[name]["t"].isna().all() and tables[name]["t_q"].isna().all()  # one phenotype or none
     pd.testing.assert_frame_equal(tables["png"], tables["raw"], rtol=1e-4, atol=1e-6)
     assert set(tables["png"]["alignment_id"]) == {0, 2}
-    # The answer is a table of features itself.
+    # A ranking can be the list of features.
     again = ["--input", picture, "--features", tmp_path / "png/features.csv", "--out", "again"]
     assert run("explain.py", network, *again, cwd=tmp_path) == (0, "")
-    # Of few pictures there is no evidence, and pixels has no heat. Pictures that are called alike have evidence.
+    # Few pictures have no evidence, and pixels has no CAM. Pictures of one predicted class have evidence.
     few = [picture, next(data.glob("test/non-user/*.png"))]
     status, line = run("explain.py", two[1], "--input", *few, *again[2:], cwd=tmp_path)
-    assert status == 1 and "there is no evidence to rank by" in line
+    assert status == 1 and "the head sees the picture alone, so there is no CAM" in line
     alike = ["--input", *data.glob("train/user/*.png"), *again[2:-1], "alike"]
     assert run("explain.py", two[1], *alike, cwd=tmp_path) == (0, "")
     assert pd.read_csv(tmp_path / "alike/features.csv")["q"].notna().all()
@@ -322,8 +324,8 @@ def test_a_raw_run_is_explained_as_its_picture_is_and_other_axes_are_refused(two
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [
-        ("--layers layer_1", "no layer of this backbone; those that timm lists: act1, layer1, layer2"),
-        ("--class nobody", "'nobody' is not one of non-user, user"),
+        ("--layers layer_1", "no CAM at backbone.layer_1 (unknown `target_layer` names: ['backbone.layer_1'], closest"),
+        ("--class nobody", "--class nobody: the classes are non-user, user"),
         ("--input nowhere.mzML", "nowhere.mzML"),
         ("--query average_rt<5", "--query 'average_rt<5': name 'average_rt' is not defined (columns: alignment_id"),
         ("--query rt>1000", "no feature is left (--query?"),
@@ -347,13 +349,13 @@ def test_an_msdial_export_is_read_with_or_without_its_four_header_lines(tmp_path
     assert {"average_rt_min_", "average_mz", "annotation_tag_vs1_0_", "ms_ms_matched"} <= set(table)
 
 
-def test_peak_lists_and_plain_tables_are_read(tmp_path):
+def test_peak_lists_and_short_tables_are_read(tmp_path):
     path = tmp_path / "peaks.txt"
     path.write_text("Peak ID\tTitle\tRT (min)\tPrecursor m/z\n1\tcaffeine\t2.1\t195.0877\n")
     table = explain.read_features(path, RECIPE)
     assert (table.rt[0], table.mz[0], table.name[0]) == (2.1, 195.0877, "caffeine")
     path.write_text("rt,mz,name\n1,2,a\nx,2,b\n")
-    with pytest.raises(InputError, match="row 3: rt x is not a number"):
+    with pytest.raises(InputError, match="row 3: rt and mz must be numbers"):
         explain.read_features(path, RECIPE)
 
 
@@ -389,24 +391,24 @@ def test_lists_that_cannot_be_read_end_in_one_line(tmp_path, text, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_where_most_features_lie_outside_the_unit_of_time_is_asked_for(tmp_path, capsys):
-    for seconds, asked in (([5, 120, 300], True), ([5, 6, 300], False)):
+def test_a_list_in_seconds_gets_a_warning(tmp_path, capsys):
+    for seconds, warned in (([5, 120, 300], True), ([5, 6, 300], False)):
         (tmp_path / "features.csv").write_text("rt,mz\n" + "".join(f"{s},300\n" for s in seconds))
         explain.read_features(tmp_path / "features.csv", RECIPE)
-        assert ("retention times in seconds" in capsys.readouterr().out) == asked
+        assert ("retention times in seconds" in capsys.readouterr().out) == warned
 
 
-def test_a_raw_run_has_its_whole_name_and_what_is_none_is_refused(two, tmp_path):
+def test_a_raw_file_keeps_the_dots_in_its_name_and_other_files_are_refused(two, tmp_path):
     name = "2023.05.12_KO_1"
     shutil.copy(next((two[0].parent / "raw").glob("user*.mzML")), tmp_path / f"{name}.mzML")
     (tmp_path / "list.mgf").write_text("BEGIN IONS\nEND IONS\n")
     table, pictures = explain.read_files([tmp_path / f"{name}.mzML", tmp_path / "list.mgf"], RECIPE)
     assert table["sample_name"].tolist() == [name] and len(pictures) == 1
-    with pytest.raises(InputError, match="list.mgf: no mzML or mzXML; msconvert"):
+    with pytest.raises(InputError, match="list.mgf: no mzML, mzXML or CDF; msconvert"):
         explain.read_files([tmp_path / "list.mgf"], RECIPE)
 
 
-def test_numbers_as_names_go_the_whole_way(two, tmp_path):
+def test_names_of_features_may_be_numbers(two, tmp_path):
     (tmp_path / "features.csv").write_text("rt,mz,name\n4.37,462.175,0\n8,300,1\n")
     flags = ["--features", tmp_path / "features.csv", "--out", tmp_path / "out"]
     assert run("explain.py", two[1], *flags, cwd=two[0].parent) == (0, "")
@@ -433,10 +435,9 @@ def test_queries_of_the_article_select_features(tmp_path, query, rows):
 
 
 def test_tokens_and_channels_last_maps_become_channels_first():
-    class Tokens:
-        num_prefix_tokens = 1
-        patch_embed = type("PatchEmbed", (), {"grid_size": (4, 5)})
-
-    map_ = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).float()
+    map_ = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).float()
     tokens = torch.cat([torch.zeros(2, 1, 3), map_.flatten(2).transpose(1, 2)], 1)
-    assert torch.equal(explain.to_channels_first(tokens, Tokens), map_)
+    assert torch.equal(explain.to_channels_first(tokens, nn.Identity()), map_)
+    swin = nn.Identity()
+    swin.output_fmt = "NHWC"
+    assert torch.equal(explain.to_channels_first(map_.permute(0, 2, 3, 1), swin), map_)

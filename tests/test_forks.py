@@ -3,37 +3,83 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT
 
 FLAGS = ["--backbone", "pixels", "--scales", "1:8", "--image-size", 64, "--epochs", 2, "--lr", 0.1, "--data"]
 
 
+# Runs the commands that it reads, with the scripts loaded anew each time, in one process: loading torch once is enough.
+SERVER = """
+import io, json, os, runpy, sys, traceback
+for line in sys.stdin:
+    folder, command = json.loads(line)
+    for name in ("deeplcms", "convert", "train", "evaluate", "explain", "small"):
+        sys.modules.pop(name, None)
+    os.chdir(folder)
+    sys.path[0] = folder
+    sys.argv = command
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    code = 0
+    try:
+        runpy.run_path(os.path.join(folder, command[0]), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            code = print(code, file=sys.stderr) or 1
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    texts = [stream.buffer.getvalue().decode() for stream in (sys.stdout, sys.stderr)]
+    print(json.dumps([code, *texts]), file=sys.__stdout__, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    """call(folder, script, *arguments) -> (exit status, stdout, stderr) of a command in a fork."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes) as process:
+
+        def call(folder, *command):
+            print(json.dumps([str(folder), list(map(str, command))]), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield call
+        process.stdin.close()
+
+
 @pytest.fixture()
-def fork(tmp_path):
-    """A copy of the scripts, and a function that edits one of them: edit(script, old text, new text)."""
+def fork(tmp_path, server):
+    """A copy of the scripts, and functions: edit(script, old text, new text), works(command), refused(command)."""
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
 
     def edit(script, old, new):
         text = (tmp_path / script).read_text()
-        assert text.count(old) == 1, f"{script} holds {old!r} {text.count(old)} times"
+        assert text.count(old) == 1, f"{script} has {old!r} {text.count(old)} times"
         (tmp_path / script).write_text(text.replace(old, new))
 
-    return tmp_path, edit
+    def works(*command):
+        code, printed, error = server(tmp_path, *command)
+        assert code == 0, error
+        return printed
 
+    def refused(*command):
+        code, _, error = server(tmp_path, *command)
+        assert code == 1
+        return error
 
-def works(folder, script, *arguments):
-    done = call(script, *arguments, cwd=folder, root=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return tmp_path, edit, works, refused
 
 
 def test_square_root_in_place_of_the_logarithm(fork, two):
-    folder, edit = fork
+    folder, edit, works, refused = fork
     edit("deeplcms.py", '    colormap: str = "jet"\n', '    colormap: str = "jet"\n    scale: str = "log"\n')
     logarithm = "values = np.log1p(values) / np.log(256)"
     assert logarithm in (folder / "deeplcms.py").read_text()
@@ -42,30 +88,29 @@ def test_square_root_in_place_of_the_logarithm(fork, two):
     edit("convert.py", '    add("--colormap"', '    add("--scale", default="log")\n    add("--colormap"')
     raw = two[0].parent / "raw"
     command = ["convert.py", raw, raw / "samples.csv", "root", "--bins", 64]
-    works(folder, *command, "--scale", "root")
-    assert "with scale root, not log" in call(*command, cwd=folder, root=folder).stderr
-    works(folder, "train.py", *FLAGS, "root")
-    works(folder, "evaluate.py")
+    works(*command, "--scale", "root")
+    assert "with scale root, not log" in refused(*command)
+    works("train.py", *FLAGS, "root")
+    works("evaluate.py")
     run = folder / "runs/root/pixels/seed2643"
     names = pd.read_csv(run / "predictions.csv").set_index("sample_name")["probability_user"]
-    works(folder, "evaluate.py", "--predict", *(raw / f"{name}.mzML" for name in names.index), "--out", "new.csv")
+    works("evaluate.py", "--predict", *(raw / f"{name}.mzML" for name in names.index), "--out", "new.csv")
     new = pd.read_csv(folder / "new.csv")
     assert new["probability_user"].tolist() == pytest.approx(names.tolist(), abs=1e-6)
-    works(folder, *command[:3], "log", *command[4:])
-    assert "scale is log, not root" in call("evaluate.py", "--data", "log", cwd=folder, root=folder).stderr
+    works(*command[:3], "log", *command[4:])
+    assert "scale is log, not root" in refused("evaluate.py", "--data", "log")
 
 
 def test_mixup_is_a_setting_that_nothing_forgets(fork, two):
-    folder, edit = fork
+    folder, edit, works, refused = fork
     edit("train.py", '    add("--warp"', '    add("--mixup", type=float, default=0.0)\n    add("--warp"')
-    mixed = "    if args.mixup:\n        x = x + args.mixup * (x[torch.randperm(len(x))] - x)\n"
+    mixed = "    if settings.mixup:\n        x = x + settings.mixup * (x[torch.randperm(len(x))] - x)\n"
     step = "    optimizer.zero_grad()\n    with autocast"
     edit("train.py", step, mixed + step)
     flags = ["--optimizer", "adamax", *FLAGS]  # a head that is solved takes no steps
-    works(folder, "train.py", *flags, two[0])
-    refused = call("train.py", *flags, two[0], "--mixup", 0.2, cwd=folder, root=folder)
-    assert refused.returncode == 1 and "is a training with mixup 0.0, not 0.2" in refused.stderr
-    works(folder, "train.py", *flags, two[0], "--mixup", 0.2, "--name", "mixup")
+    works("train.py", *flags, two[0])
+    assert "is a training with mixup 0.0, not 0.2" in refused("train.py", *flags, two[0], "--mixup", 0.2)
+    works("train.py", *flags, two[0], "--mixup", 0.2, "--name", "mixup")
     run = folder / "runs/mixup/pixels/seed2643"
     assert json.loads((run / "config.json").read_text())["settings"]["mixup"] == 0.2
     losses = [pd.read_csv(path / "epochs.csv")["train_loss"][0] for path in (run, folder / "runs/data/pixels/seed2643")]
@@ -73,31 +118,31 @@ def test_mixup_is_a_setting_that_nothing_forgets(fork, two):
 
 
 def test_another_head(fork, two):
-    folder, edit = fork
+    folder, edit, works, refused = fork
     text = (folder / "train.py").read_text()
     old = re.search(r"        self.head = nn.Linear.*?\n(?:        nn.init.*\n)+", text).group()
     layers = "nn.Linear(self.n_features, 16), nn.ReLU(), nn.Linear(16, n_outputs)"
     edit("train.py", old, f"        self.head = nn.Sequential({layers})\n")
-    works(folder, "train.py", *FLAGS, two[0], "--optimizer", "adamax", "--epochs", 30, "--lr", 0.03)
-    works(folder, "evaluate.py")
-    works(folder, "explain.py")
+    works("train.py", *FLAGS, two[0], "--optimizer", "adamax", "--epochs", 30, "--lr", 0.03)
+    works("evaluate.py")
+    works("explain.py")
 
 
 def test_one_grey_channel(fork, two):
-    folder, edit = fork
+    folder, edit, works, refused = fork
     edit("train.py", "CHANNELS = 3", "CHANNELS = 1")
     edit("train.py", "v2.Lambda(functools.partial(colours, colormap=recipe.colormap))", "v2.Lambda(np.atleast_3d)")
-    works(folder, "train.py", "--backbone", "test_resnet", "--weights", "random", *FLAGS[4:], two[0])
+    works("train.py", "--backbone", "test_resnet", "--weights", "random", *FLAGS[4:], two[0])
     state = torch.load(folder / "runs/data/test_resnet/seed2643/best.pt")["model"]
     assert next(weight.shape[1] for weight in state.values() if weight.ndim == 4) == 1
-    works(folder, "evaluate.py")
-    works(folder, "explain.py")
+    works("evaluate.py")
+    works("explain.py")
 
 
 def test_one_more_thing_to_tune(fork, two):
-    folder, edit = fork
+    folder, edit, works, refused = fork
     edit("train.py", '"scheduler": list(SCHEDULERS)}', '"scheduler": ["cosine"], "warp": [0.0, 9.0]}')
-    printed = works(folder, "train.py", *FLAGS, two[0], "--tune", 8)
+    printed = works("train.py", *FLAGS, two[0], "--tune", 8)
     trials = pd.read_csv(folder / "runs/data/pixels/tune/trials.csv")
     assert trials.groupby(["params_optimizer", "params_warp"]).ngroups == 8 and "--warp" in printed
     assert (trials.groupby("params_optimizer")["value"].nunique() == 2).all()  # features are stored anew for each warp
@@ -105,7 +150,7 @@ def test_one_more_thing_to_tune(fork, two):
 
 def test_a_regression_label(fork, two):
     """The ages in samples.csv: what is learned, the loss and the metrics have one place each."""
-    folder, edit = fork
+    folder, edit, works, refused = fork
     edit(
         "deeplcms.py",
         '    return pictures["phenotype"].map(classes.index).to_numpy()\n',
@@ -120,16 +165,16 @@ def test_a_regression_label(fork, two):
         '    return {"rmse": np.sqrt(np.mean((np.asarray(logits)[:, 0] - labels) ** 2))}\n'
         "    probabilities = to_probabilities(logits)\n    n_classes",
     )
-    assert "val_rmse" in works(folder, "train.py", *FLAGS, two[0], "--repeats", 2)
+    assert "val_rmse" in works("train.py", *FLAGS, two[0], "--repeats", 2)
     epochs = pd.read_csv(folder / "runs/data/pixels/seed2643/epochs.csv")
     assert (epochs["val_rmse"] ** 2).tolist() == pytest.approx(epochs["val_loss"].tolist(), rel=1e-5)
-    works(folder, "evaluate.py", "runs")
+    works("evaluate.py", "runs")
     assert "val_rmse" in pd.read_csv(next(folder.glob("runs/**/comparison.csv")))
 
 
 def test_two_modes_a_sample(fork, two):
     """Positive and negative scans of a sample lie side by side: the second file's scans come 11 minutes later."""
-    folder, edit = fork
+    folder, edit, works, refused = fork
     both = """def read_raw(path, *options):
     (said, positive), (_, negative) = read_one(path, *options), read_one(path, *options)
     return said, itertools.chain(positive, ((rt + 11, *peaks) for rt, *peaks in negative))
@@ -139,13 +184,13 @@ def test_two_modes_a_sample(fork, two):
     edit("deeplcms.py", "def read_raw(", f"{both}def read_one(")
     edit("deeplcms.py", "import json\n", "import itertools\nimport json\n")
     raw = two[0].parent / "raw"
-    works(folder, "convert.py", raw, raw / "samples.csv", "modes", "--bins", 96, 64, "--sigma", 1)
-    works(folder, "train.py", *FLAGS, "modes")
+    works("convert.py", raw, raw / "samples.csv", "modes", "--bins", 96, 64, "--sigma", 1)
+    works("train.py", *FLAGS, "modes")
     (folder / "features.csv").write_text("rt,mz,name\n4.0,400,first\n15.0,400,second\n")
-    works(folder, "explain.py", "--features", "features.csv")
+    works("explain.py", "--features", "features.csv")
     edit("deeplcms.py", "return np.ascontiguousarray(levels.T[::-1])", "return np.hstack([levels.T[::-1]] * 2)")
-    refused = call("convert.py", raw, raw / "samples.csv", "wide", "--bins", 64, cwd=folder, root=folder)
-    assert refused.returncode == 1 and "a picture has the shape (64, 128)" in refused.stderr
+    error = refused("convert.py", raw, raw / "samples.csv", "wide", "--bins", 64)
+    assert "a picture has the shape (64, 128)" in error
 
 
 NETWORK = """
@@ -175,37 +220,36 @@ def small(pretrained=False, **options):
 
 
 def test_a_backbone_of_ones_own(fork, two):
-    folder, edit = fork
+    folder, edit, works, refused = fork
     (folder / "small.py").write_text(NETWORK)
     edit("train.py", "import timm\n", "import small\nimport timm\n")
     flags = ["--backbone", "small", "--weights", "random", *FLAGS[4:], two[0]]
-    works(folder, "train.py", *flags)
-    works(folder, "evaluate.py")
-    works(folder, "explain.py")
+    works("train.py", *flags)
+    works("evaluate.py")
+    works("explain.py")
     (folder / "small.py").write_text(NETWORK.replace("ReLU", "GELU"))
-    again, judged = (call(*command, cwd=folder, root=folder) for command in (["train.py", *flags], ["evaluate.py"]))
-    assert again.returncode == 1 and "is a training with architecture" in again.stderr
-    assert judged.returncode == 1 and "the layers of small were others when it was trained" in judged.stderr
+    assert "is a training with architecture" in refused("train.py", *flags)
+    assert "the layers of small have changed since its training" in refused("evaluate.py")
     (folder / "small.py").write_text(NETWORK.replace('"num_chs": 16', '"num_chs": 32'))
-    wrong = call("train.py", *flags, "--name", "wrong", cwd=folder, root=folder)
-    assert wrong.returncode == 1 and "its map of stride 8 has not the channels of its feature_info" in wrong.stderr
+    error = refused("train.py", *flags, "--name", "wrong")
+    assert "its map of stride 8 has not the channels of its feature_info" in error
 
 
 def test_another_metric_chooses_the_epoch(fork, two):
-    folder, edit = fork
+    folder, edit, works, refused = fork
     old = 'row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf'
     edit("train.py", f"return {old}", 'return 1 - row["val_f1"]')
     flags = ["--optimizer", "adamax", *FLAGS, two[0], "--epochs", 6, "--patience", 3, "--lr", 0.01]
-    works(folder, "train.py", *flags)
+    works("train.py", *flags)
     epochs = pd.read_csv(folder / "runs/data/pixels/seed2643/epochs.csv")
     kept = epochs[epochs["kept"]].iloc[-1]
     assert kept["val_f1"] == epochs["val_f1"].max()
 
 
 def test_class_weights(fork, two):
-    folder, edit = fork
+    folder, edit, works, refused = fork
     edit("train.py", "labels.to(logits.dtype))", "labels.to(logits.dtype), pos_weight=torch.tensor(3.0))")
-    works(folder, "train.py", *FLAGS, two[0], "--folds", 3)
-    works(folder, "evaluate.py", "runs")
+    works("train.py", *FLAGS, two[0], "--folds", 3)
+    works("evaluate.py", "runs")
     table = pd.read_csv(next(folder.glob("runs/**/comparison.csv")))
     assert (table["baseline_loss"] > 1).all()  # 0.69 without weights

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
@@ -64,7 +65,7 @@ PLAIN = argparse.Namespace(image_size=60, mean=(0, 0, 0), std=(1, 1, 1))  # of a
 def drawn_as(augmentation, **values):
     """The arguments of an augmentation, some of its values replaced."""
     args = train.parse_arguments(["--backbone", "pixels", "--data", "x", "--augmentation", augmentation])
-    return argparse.Namespace(**vars(train.with_augmentation(args)) | values)
+    return argparse.Namespace(**vars(train.fill_augmentation(args)) | values)
 
 
 def test_a_pixel_in_each_corner_is_still_there_in_the_input():
@@ -115,11 +116,12 @@ def test_warped_is_grid_sample_on_a_grid_shifted_along_time():
 def loaders_of(data, *flags):
     """(loaders, arguments) of a baseline; the label of each picture is its number."""
     args = train.parse_arguments(["--backbone", "pixels", "--data", str(data), "--batch-size", "8", *flags])
-    args = train.with_augmentation(args)
+    args = train.fill_augmentation(args)
     pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
     table, model = pictures.assign(label=range(len(pictures))), Classifier("pixels", 1, image_size=64)
-    store = train.store_features(model, table, recipe, args) if args.views else {}
-    return train.make_loaders(model, table, recipe, args, store), args
+    args = argparse.Namespace(**vars(args) | {"pictures": 0})
+    cache = train.cache_features(model, table, recipe, args) if args.views else None
+    return train.make_loaders(model, table, recipe, args, cache), args
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -152,12 +154,12 @@ def test_every_view_is_a_draw_of_its_own_and_counts_as_a_picture(demo):
 def test_every_kind_of_backbone_gives_a_map_with_place(backbone):
     """Convolutions, tokens and channels-last: what is bright on the right is seen on the right of the map."""
     model = Classifier(backbone, 1, image_size=64 if backbone == "test_resnet" else None).eval()
-    assert [scale for scale in model.scales if scale[0] > 1] == [(8, 14), (16, 14)][backbone == "test_vit" :]
+    assert [scale for scale in model.scales if scale[0] > 1] == [(8, 14, 14), (16, 14, 14)][backbone == "test_vit" :]
     x = torch.zeros(1, 3, model.image_size, model.image_size)
     with torch.no_grad():
         plain = model.pool_maps(x)
         x[..., model.image_size * 7 // 8 :] = 3.0
-        for block, before, (_, grid) in zip(model.pool_maps(x), plain, model.scales, strict=True):
+        for block, before, (_, grid, _) in zip(model.pool_maps(x), plain, model.scales, strict=True):
             change = (block - before).abs().unflatten(1, (-1, grid, grid)).mean((0, 1, 2))
             assert change[-1] > change[0]
         assert model(x).shape == (1, 1)
@@ -165,11 +167,11 @@ def test_every_kind_of_backbone_gives_a_map_with_place(backbone):
 
 def test_a_head_sees_the_maps_it_is_told_to_each_with_the_same_weight():
     model = Classifier("test_resnet", 1, ["last:1", "1:4", "8:2"], image_size=64).eval()
-    assert model.scales == [(1, 4), (8, 2), (32, 1)] and model.blocks == [3 * 16, 48 * 4, 96]
+    assert model.scales == [(1, 4, 4), (8, 2, 2), (32, 1, 1)] and model.sizes == [3 * 16, 48 * 4, 96]
     features = torch.randn(200, 3 * 16 + 48 * 4 + 96)
     with torch.no_grad():
         model.fit_standardize(features)
-        lengths = [part.square().sum(1).mean() for part in model.head_inputs(features).split(model.blocks, 1)]
+        lengths = [part.square().sum(1).mean() for part in model.head_inputs(features).split(model.sizes, 1)]
     assert lengths == pytest.approx([1 / 3] * 3, rel=0.1)
     with pytest.raises(InputError, match="--scales 5:1: the strides of test_resnet are 1, 2, 4, 8, 16, 32"):
         Classifier("test_resnet", 1, ["5:1"])
@@ -230,7 +232,7 @@ def test_weights_from_files_with_a_classifier_of_another_size(trained, tmp_path)
         model = Classifier("test_resnet", 1, image_size=64)
         train.load_weights(model.backbone, path)
         assert torch.equal(model.backbone.conv1[0].weight, weight)
-    with pytest.raises(InputError, match="no weights of this --backbone"):
+    with pytest.raises(InputError, match="does not fit this --backbone"):
         train.load_weights(Classifier("test_vit", 1).backbone, tmp_path / "weights.pt")
 
 
@@ -292,12 +294,13 @@ def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_pat
 
 
 def prepared(data, flags):
-    """(what trains it, model, settings, pictures, recipe) of one training with these flags."""
+    """(loaders, model, settings, pictures, recipe) of one training with these flags."""
     [args] = train.expand_trainings(train.parse_arguments(list(map(str, flags))))
     pictures, recipe = labelled(data, "train", "val")
-    model, origin = train.build_model(args, 1)
-    settings = train.resolve_settings(args, model, origin, pictures, recipe)
-    return train.prepare(settings, model, pictures, recipe, {}), model, settings, pictures, recipe
+    model, settings = train.resolve_settings(args, pictures, recipe)
+    cache = train.cache_features(model, pictures, recipe, settings) if settings.views else None
+    table = train.make_training_table(pictures, settings)
+    return train.make_loaders(model, table, recipe, settings, cache), model, settings, pictures, recipe
 
 
 @pytest.mark.parametrize("finetune", ["all", "head"])
@@ -305,8 +308,7 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, 
     """Each rate's loss is that of 24 steps from the first weights, whatever rates were tried before it."""
     arguments = ["--backbone", "test_resnet", "--data", str(demo), *map(str, TINY)]
     arguments += ["--finetune", finetune, "--optimizer", "adamax", "--views", {"all": "0", "head": "1"}[finetune]]
-    learn, model, args, pictures, recipe = prepared(demo, arguments)
-    loaders = learn.args[1]  # of fit(model, loaders, args)
+    loaders, model, args, _, _ = prepared(demo, arguments)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     lr = train.find_lr(model, loaders, args, tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -316,7 +318,7 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, 
     loader = loaders["train"]
     epochs = (train.draw_batches(loader, epoch, args) for epoch in itertools.count(1))  # as `fit` counts
     batches = itertools.islice(itertools.chain.from_iterable(epochs), 24)
-    outputs = [train.train_batch(model, optimizer, scaler, x, y, args) for x, y in batches]
+    outputs = [train.train_step(model, optimizer, scaler, x, y, args) for x, y in batches]
     judged = outputs[12:] if finetune == "all" else train.predict(model, loaders["val"])
     assert train.compute_loss(*train.collect(judged)).item() == pytest.approx(curve["loss"][9], abs=1e-5)
     epochs = [train.compute_loss(*train.collect(outputs[i : i + len(loader)])) for i in range(0, 24, len(loader))]
@@ -342,7 +344,7 @@ def test_the_head_of_a_frozen_backbone_is_solved(demo, tmp_path, monkeypatch):
     folder = train_in(tmp_path, demo, "--finetune", "head", "--scales", "last:2", "--optimizer", "auto")
     model, _ = train.load_run(folder)
     pictures, recipe = labelled(demo, "train", "val")  # --augmentation none: the draws are all alike
-    [features] = train.extract_features(model, pictures, train.to_input(model, recipe), 1, HERE)
+    features = train.extract_features(model, [Pictures(pictures, train.to_input(model, recipe))], HERE)
     loss = train.compute_loss(model(features), torch.tensor(list(pictures["label"])))
     gradient = torch.autograd.grad(loss, [model.head.weight, model.head.bias])
     assert (gradient[0] + train.L2 * model.head.weight).abs().max() < 1e-4 > gradient[1].abs().max()
@@ -397,10 +399,10 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
 
 
 def whole_network(data, *flags):
-    """(what trains it, model, pictures, recipe, arguments) of a small network with batch norms, all of it trained."""
+    """(what trains it, model, pictures, recipe, loaders) of a small network with batch norms, all of it trained."""
     flags = tiny(data, "--scales", "last:3", "--finetune", "all", "--workers", 0, *flags)
-    learn, model, settings, pictures, recipe = prepared(data, flags)
-    return learn, model, pictures, recipe, settings
+    loaders, model, settings, pictures, recipe = prepared(data, flags)
+    return functools.partial(train.fit, model, loaders, settings), model, pictures, recipe, loaders
 
 
 def loss_on_validation(model, pictures, recipe):
@@ -415,7 +417,7 @@ def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, capsys, 
     """Here of three, up to the last epoch of the schedule, or with --patience up to that of lowest validation loss."""
     learn, model, pictures, recipe, _ = whole_network(demo, "--epochs", 3, "--patience", patience)
     epochs = []
-    history, kept = learn(report=lambda row: epochs.append(train.copy_weights(model)))
+    history, kept = learn(on_epoch=lambda row: epochs.append(train.copy_weights(model)))
     n = train.find_kept_epoch(history)["epoch"]
     losses = [row["val_loss"] for row in history]
     assert (
@@ -433,15 +435,15 @@ def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, capsys, 
 @pytest.mark.parametrize("seed", [2643, 3])
 def test_the_weights_that_are_kept_are_as_good_as_those_they_average_at_each_epoch(demo, seed):
     """From random weights and few steps an epoch: there the mean of batch norms' statistics would not do."""
-    learn, model, pictures, recipe, args = whole_network(demo, "--epochs", 20, "--lr", 0.003, "--seed", seed)
+    learn, model, pictures, recipe, loaders = whole_network(demo, "--epochs", 20, "--lr", 0.003, "--seed", seed)
     raw_losses = []
 
     def report(row):
         raw = copy.deepcopy(model)
-        train.update_bn(learn.args[1]["statistics"], raw)
+        train.update_bn(loaders["statistics"], raw)
         raw_losses.append(loss_on_validation(raw, pictures, recipe))
 
-    history, _ = learn(report=report)
+    history, _ = learn(on_epoch=report)
     assert len(history) == 20
     assert all(row["val_loss"] <= 1.1 * raw for row, raw in zip(history, raw_losses, strict=True))
 
@@ -457,8 +459,8 @@ def test_the_weights_that_are_kept_are_as_good_as_those_they_average_at_each_epo
 def test_patience_counts_from_the_middle_of_the_schedule_on(demo, monkeypatch, curve, patience, n_epochs, kept):
     split_metrics, losses = train.split_metrics, iter(curve)
 
-    def on_the_curve(split, outputs):
-        return split_metrics(split, outputs) | ({"val_loss": next(losses)} if split == "val" else {})
+    def on_the_curve(split, logits, labels):
+        return split_metrics(split, logits, labels) | ({"val_loss": next(losses)} if split == "val" else {})
 
     monkeypatch.setattr(train, "split_metrics", on_the_curve)
     learn, *_ = whole_network(demo, "--epochs", len(curve), "--image-size", 32, "--patience", patience)
@@ -491,7 +493,7 @@ def test_branches_are_fused_for_extraction_alone_and_give_the_same_features(demo
     model = Classifier(name, 1, image_size=64).eval()
     transform = train.to_input(model, recipe)
     parts = len(list(model.modules()))
-    [stored] = train.extract_features(model, pictures[:3], transform, 1, HERE)
+    stored = train.extract_features(model, [Pictures(pictures[:3], transform)], HERE)
     with torch.inference_mode():
         expected = model.features(torch.stack([x for x, _ in Pictures(pictures[:3], transform)]))
     torch.testing.assert_close(stored, expected, rtol=0, atol=1e-4 * expected.std().item())
@@ -501,8 +503,9 @@ def test_branches_are_fused_for_extraction_alone_and_give_the_same_features(demo
 def test_folds_and_seeds_and_trials_share_one_extraction(demo, trained, tmp_path, capsys):
     arguments = tiny(demo, "--finetune", "head", "--epochs", 1, "--weights", trained / "best.pt")
     for name, flags in {"f": ["--folds", 3, "--repeats", 2], "r": ["--repeats", 2], "t": ["--tune", 2]}.items():
+        train.CACHE.clear()
         assert run("train.py", *arguments, *flags, "--name", name, cwd=tmp_path) == (0, "")
-        assert capsys.readouterr().out.count("storing the features") == 1, name
+        assert capsys.readouterr().out.count("caching the features") == 1, name
     assert len(list(tmp_path.glob("runs/f/*/seed264[34]-fold[012]/best.pt"))) == 6
 
 
@@ -551,22 +554,23 @@ def test_a_model_that_is_no_better_than_chance_is_called_so(demo, tmp_path, caps
     entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
     assert train.compute_baseline_loss(np.array([0, 0, 0, 1]), 1) == pytest.approx(entropy)
     train_in(tmp_path, demo, "--shuffle-labels", "--optimizer", "auto", backbone="pixels")
-    assert (
-        "warning: no better than chance: of shuffled labels 1 in 20 has a ROC AUC above 0.6" in capsys.readouterr().out
-    )
+    assert "warning: no better than chance: 1 in 20 shuffled labels has a ROC AUC above 0.6" in capsys.readouterr().out
     assert run("evaluate.py", cwd=tmp_path) == (0, "")
     assert "on validation pictures no better than chance" in capsys.readouterr().out
 
 
-def torchrun(tmp_path, data, *flags, timeout=600):
+def torchrun(tmp_path, data, *flags):
+    """Start a training in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
     command += [str(ROOT / "train.py"), *map(str, tiny(data, *flags))]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
 def two_processes(tmp_path, data, *flags):
-    done = torchrun(tmp_path, data, *flags)
-    assert done.returncode == 0, done.stderr
+    process = torchrun(tmp_path, data, *flags)
+    _, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
 
 
 def test_two_processes_end_within_seconds_when_one_of_them_fails_in_a_sweep(demo, tmp_path):
@@ -576,8 +580,32 @@ def test_two_processes_end_within_seconds_when_one_of_them_fails_in_a_sweep(demo
     cut = sorted(data.glob("train/exposed/*.png"))[0]
     cut.write_bytes(cut.read_bytes()[:-200])
     flags = ["--backbone", "test_resnet", "pixels", "--finetune", "all", "--epochs", 1, "--image-size", 32]
-    done = torchrun(tmp_path, data, *flags, timeout=100)
-    assert done.returncode == 1 and not list(tmp_path.glob("runs/cut/*/seed*/best.pt"))
+    process = torchrun(tmp_path, data, *flags)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 1 and not list(tmp_path.glob("runs/cut/*/seed*/best.pt"))
+    assert error.count(f"train.py: {cut}: not a") == 1
+
+
+def test_two_processes_end_when_one_of_them_is_killed(demo, tmp_path):
+    process = torchrun(tmp_path, demo, "--finetune", "all", "--epochs", 1000)
+    while not list(tmp_path.glob("runs/demo/test_resnet/seed*/epochs.csv")) and process.poll() is None:
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+
+
+def test_two_processes_share_the_extraction_and_fit_the_head_of_one(demo, tmp_path):
+    flags = ["--finetune", "head", "--optimizer", "auto", "--augmentation", "physical", "--scales", "last:2"]
+    two_processes(tmp_path, demo, *flags, "--out", "two")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = train_in(tmp_path, demo, *flags, "--workers", 0, out="one")
+    torch.set_num_threads(threads)
+    folders = one, tmp_path / "two/demo/test_resnet/seed2643"
+    expected, found = (torch.load(folder / "best.pt", weights_only=True)["model"] for folder in folders)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(demo, tmp_path):
@@ -626,7 +654,7 @@ def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo):
 
 def test_without_data_the_demo_cohort_is_made_where_there_is_none(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(train.subprocess, "run", lambda command, check: made.append(command[1:]))
+    monkeypatch.setattr(train.subprocess, "run", lambda command, **_: made.append(command[1:]))
     status, line = run("train.py", "--backbone", "pixels", cwd=tmp_path)
     assert status == 1 and "demo: no such data set" in line and made == [[ROOT / "tests/demo.py", "demo"]]
 
@@ -697,12 +725,12 @@ def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, 
     [
         ("--backbone mobilone_s3 --data demo", "mobileone_s3"),
         ("--backbone test_resnet --data nowhere", "nowhere: no such data set"),
-        ("--backbone test_resnet --data empty", "or an unfinished one"),
+        ("--backbone test_resnet --data empty", "or unfinished"),
         ("--backbone test_resnet --data demo --positive ill", "control, exposed"),
         ("--backbone test_resnet --data demo --views 3 --weights random", "--finetune head"),
         ("--backbone pixels --data demo --optimizer adam --lr 1e30 --epochs 5 --weight-decay 1e9", "--lr"),
         ("--backbone pixels --data demo --folds 30", "samples or groups, and each fold needs one"),
-        ("--backbone pixels --data demo --scales fine", "--scales fine: the strides of pixels are 1; give STRIDE:GRID"),
+        ("--backbone pixels --data demo --scales fine", "--scales fine: the strides of pixels are 1; write STRIDE"),
         ("--backbone pixels --data demo --tune 1 --storage nonsense", "--storage nonsense: "),
     ],
 )
@@ -824,8 +852,8 @@ def test_numbers_that_a_flag_cannot_mean_are_refused(flags, capsys):
 
 
 def test_a_backbone_of_patch_14_has_the_nearest_strides_and_a_size_it_refuses_one_line():
-    assert train.parse_scales(None, [1, 14, 14], "vit") == [(1, 56), (14, 14)]
-    assert train.parse_scales(None, [1, 32], "vit") == [(1, 56), (32, 14)]
+    assert train.parse_scales(None, [1, 14, 14], "vit") == [(1, 56, 56), (14, 14, 14)]
+    assert train.parse_scales(None, [1, 32], "vit") == [(1, 56, 56), (32, 14, 14)]
     with pytest.raises(InputError, match="test_vit cannot take pictures of 100 pixels; its own is 160"):
         Classifier("test_vit", 1, image_size=100)
 
