@@ -1,18 +1,19 @@
 """Train a classifier of pictures: a timm backbone with a new head.
 
-With a frozen backbone, the default, the head is L2 logistic regression on cached features: see `fit_head`. With
-`--finetune all` the whole network is trained in a loop: see `fit`. Article, "Transfer learning", "Hyperparameter
-optimisation" and "Evaluating the final model".
+With a frozen backbone, the default, the head is L2 logistic regression on cached features: see
+`fit_head`. With `--finetune all` a loop trains the whole network: see `fit`. Article, "Transfer
+learning", "Hyperparameter optimisation" and "Evaluating the final model".
 
-    python train.py --backbone mobileone_s3                       # the demo cohort, made first if it is missing
+    python train.py --backbone mobileone_s3             # the demo cohort, made if it is missing
     python train.py --backbone mobileone_s3 --data data/golestan --repeats 5
-    python train.py --backbone article --data data/golestan       # Table 1; then: python evaluate.py runs/golestan
+    python train.py --backbone article --data data/golestan  # Table 1; then evaluate.py runs/golestan
     python train.py --backbone convnext_nano pixels --data data/golestan --folds 10
     python train.py --backbone mobileone_s3 --data data/golestan --tune 8
     torchrun --nproc-per-node 4 train.py --backbone convnext_large --data data/golestan --finetune all
 
-Rerun the same command to resume. Changed settings need another --out or --name. Under torchrun, W processes with batch
-size B take the same steps as one with W x B, apart from batch norms' statistics, and share the extraction of features.
+Rerun the same command to resume. Changed settings need another --out or --name. Under torchrun, W
+processes with batch size B equal one with W x B, apart from batch norms' statistics, and share the
+extraction of features.
 """
 
 import argparse
@@ -58,21 +59,23 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from deeplcms import RANK, WORLD, Help, InputError, Recipe, colours, compute_metrics, cores, count, digest_pictures
-from deeplcms import find_pictures, first_difference, first_few, first_line, make_labels, read_json, read_picture
-from deeplcms import run_script, slow_waves, summarize_cohort, whole_file, write_json, write_table
+from deeplcms import RANK, WORLD, Help, InputError, Recipe, colours, compute_metrics, cores, count
+from deeplcms import digest_pictures, find_pictures, first_difference, first_few, first_line
+from deeplcms import make_labels, read_json, read_picture, run_script, slow_waves, summarize_cohort
+from deeplcms import whole_file, write_json, write_table
 
 
-# The 30 distinct names among the 32 rows of the article's Table 1: one model of 10-20 million parameters per family.
+# The 30 distinct names among the 32 rows of the article's Table 1: 10-20 million parameters each.
 ARTICLE = """
-    mobileone_s3.apple_in1k densenet169.tv_in1k mobilevitv2_150.cvnets_in22k_ft_in1k_384 convnext_nano.in12k_ft_in1k
-    repvit_m3.dist_in1k cait_xxs24_224.fb_dist_in1k repvgg_a1.rvgg_in1k efficientformer_l1.snap_dist_in1k
-    hrnet_w18_small.gluon_in1k gmlp_s16_224.ra3_in1k fastvit_sa12.apple_dist_in1k lambda_resnet26t.c1_in1k
-    efficientvit_m5.r224_in1k eca_resnext26ts.ch_in1k ghostnetv2_160.in1k nf_regnet_b1.ra2_in1k
-    coatnet_nano_rw_224.sw_in1k legacy_seresnet18.in1k haloregnetz_b.ra3_in1k xcit_tiny_24_p8_384.fb_dist_in1k
-    resmlp_12_224.fb_distilled_in1k gcvit_xxtiny.in1k resnest14d.gluon_in1k edgenext_base.in21k_ft_in1k
-    maxvit_nano_rw_256.sw_in1k coat_mini.in1k tf_efficientnetv2_b2.in1k fbnetv3_d.ra2_in1k rexnet_200.nav_in1k
-    mixnet_xl.ra_in1k""".split()
+    mobileone_s3.apple_in1k densenet169.tv_in1k mobilevitv2_150.cvnets_in22k_ft_in1k_384
+    convnext_nano.in12k_ft_in1k repvit_m3.dist_in1k cait_xxs24_224.fb_dist_in1k repvgg_a1.rvgg_in1k
+    efficientformer_l1.snap_dist_in1k hrnet_w18_small.gluon_in1k gmlp_s16_224.ra3_in1k
+    fastvit_sa12.apple_dist_in1k lambda_resnet26t.c1_in1k efficientvit_m5.r224_in1k
+    eca_resnext26ts.ch_in1k ghostnetv2_160.in1k nf_regnet_b1.ra2_in1k coatnet_nano_rw_224.sw_in1k
+    legacy_seresnet18.in1k haloregnetz_b.ra3_in1k xcit_tiny_24_p8_384.fb_dist_in1k
+    resmlp_12_224.fb_distilled_in1k gcvit_xxtiny.in1k resnest14d.gluon_in1k
+    edgenext_base.in21k_ft_in1k maxvit_nano_rw_256.sw_in1k coat_mini.in1k
+    tf_efficientnetv2_b2.in1k fbnetv3_d.ra2_in1k rexnet_200.nav_in1k mixnet_xl.ra_in1k""".split()
 
 # Defaults without --data: two CPU cores then need minutes, not hours.
 DEMO = {"image_size": 112, "lr": 0.01, "finetune": "all", "epochs": 12}
@@ -83,7 +86,7 @@ SCHEDULERS = {
     "plateau": lambda optimizer, settings: ReduceLROnPlateau(optimizer, patience=max(1, settings.patience // 3)),
 }
 
-# Augmentation presets: physical variation, the article's for its final model, and the article's for earlier ones.
+# Augmentation presets: physical variation, the article's for its final model and for earlier ones.
 #   warp: standard deviation of the retention shift, % of the axis
 #   gain: standard deviation of the logarithm of sensitivity along m/z
 #   erase: probability of an erased rectangle; erase_size: its largest area, share of the picture
@@ -95,50 +98,54 @@ AUGMENTATION = {
     "none": {"warp": 0, "gain": 0, "erase": 0, "erase_size": 0, "rotate": 0, "color_jitter": 0},
 }
 
-# Default inputs of the head, STRIDE:GRID. Stride 1 is the picture; a grid is N x N cells, or TIMExMZ cells.
-SCALES = {"pixels": ["1:56"], "network": ["1:56", "8:14", "16:14"]}
+# Default inputs of the head, STRIDE:GRID. Stride 1 is the picture; a grid N has N x N cells.
+SCALES = {
+    "pixels": ["1:28x250"],
+    "head": ["1:28x224", "8:7x28", "16:7x14"],  # of a frozen backbone
+    "all": ["1:56", "8:14", "16:14"],
+}
 L2 = 1e-6  # weight of the L2 penalty of logistic regression
 HEAD_FOLDS = 5  # folds of its cross-validation
 CACHED_VIEWS = 1000  # --views auto: about this many in total, 1 to 16 per picture
-VIEWS_SEED = 2643  # repeats, folds and trials share the cached views, so these have a seed of their own
+VIEWS_SEED = 2643  # not --seed: repeats, folds and trials share the cached views
 STATISTICS_FROM = 200  # training pictures that give batch norms of averaged weights their statistics
-SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}  # --tune tries every combination of flags
-# Flags that do not affect training. Every other flag, new ones of a fork included, is a setting of the run.
+SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}  # flags that --tune combines
+# Flags that do not affect training. All other flags, also new ones, are settings of the run.
 NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "data", "name", "out", "demo")
-LOOP_SETTINGS = ("epochs", "patience", "batch_size", "lr", "scheduler", "weight_decay", "amp")  # unused by fit_head
+# Settings of `fit` that `fit_head` does not use.
+LOOP_SETTINGS = ("epochs", "patience", "batch_size", "lr", "scheduler", "weight_decay", "amp")
 CHANNELS = 3  # of an input: red, green and blue of the colormap
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # missing in older torch
 
-
 say = functools.partial(print, flush=True)  # line by line, also into a log file
 
 
 def progress(batches, title, total=None):
-    return tqdm(batches, desc=title, total=total, unit="batch", leave=False, disable=None if RANK == 0 else True)
+    hidden = None if RANK == 0 else True  # None: hidden unless on a terminal
+    return tqdm(batches, title, total, leave=False, unit="batch", disable=hidden)
 
 
 # ---------------------------------------------------------------- the loop
 def fit(model, loaders, settings, run=None, on_epoch=lambda row: None):
     """Train to the end of the schedule, or until --patience epochs have brought no better one.
 
-    A running mean of the weights over about a tenth of the epochs is validated and kept, as single epochs are noisy
-    (Izmailov et al. 2018, arXiv:1803.05407). Returns (history: one dict per epoch, weights of the kept epoch). With a
-    run folder it writes epochs.csv and last.pt after each epoch, and resumes from last.pt. Calls on_epoch(row).
+    Single epochs are noisy, so a running mean of the weights over about a tenth of the epochs is
+    validated and kept (Izmailov et al. 2018, arXiv:1803.05407). Returns (history: one dict per
+    epoch, weights of the kept epoch). With a run folder it writes epochs.csv and last.pt after each
+    epoch, and resumes from last.pt. Calls on_epoch(row) after each epoch.
     """
-    last, history, best_weights, lr = None, [], None, settings.lr
-    if run and (run / "last.pt").exists():
-        last = load_checkpoint(run / "last.pt")
-        history = last["history"]
-        best_weights = last["best_weights"]
-        lr = history[0]["lr"]
-    elif lr == "auto":
+    last = load_checkpoint(run / "last.pt") if run and (run / "last.pt").exists() else {}
+    history = last.get("history", [])
+    best_weights = last.get("best_weights")
+    lr = history[0]["lr"] if history else settings.lr
+    if lr == "auto":
         lr = find_lr(model, loaders, settings, run)
     to_the_end = settings.patience >= settings.epochs
     if to_the_end:
-        say(f"all {settings.epochs} epochs are trained and the last is kept; a lower --patience keeps the best instead")
+        say(f"all {settings.epochs} epochs are trained and the last is kept (a lower --patience: the best)")
 
     network = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
     window = max(3, settings.epochs // 10)
@@ -152,13 +159,15 @@ def fit(model, loaders, settings, run=None, on_epoch=lambda row: None):
         averaged.n_averaged.fill_(len(history))
         for name, part in states.items():
             part.load_state_dict(last[name])
-    clean = [] if model.frozen else list(loaders["statistics"])
+    clean = list(loaders.get("statistics", []))
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
-        # Patience counts from the middle: the large steps of the first half say little about the end.
-        if history and epoch - max(find_kept_epoch(history)["epoch"], settings.epochs // 2) > settings.patience:
-            say(f"no better epoch in the last {settings.patience}: stopped")
-            break
+        if history:
+            # Patience counts from the middle, as the large steps of the first half say little.
+            best = max(find_kept_epoch(history)["epoch"], settings.epochs // 2)
+            if epoch - best > settings.patience:
+                say(f"no better epoch in the last {settings.patience}: stopped")
+                break
 
         began = time.time()
         model.train(not model.frozen)
@@ -168,7 +177,7 @@ def fit(model, loaders, settings, run=None, on_epoch=lambda row: None):
             outputs.append(train_step(network, optimizer, scaler, x, y, settings))
 
         averaged.update_parameters(model)
-        if not model.frozen:  # averaged batch norms' statistics do not fit averaged weights: compute them anew
+        if clean:  # an average of batch norms' statistics does not fit averaged weights
             with autocast(settings):
                 update_bn(clean, averaged.module, DEVICE)
         row = {"epoch": epoch, **split_metrics("train", *collect(outputs))}
@@ -199,7 +208,7 @@ def fit(model, loaders, settings, run=None, on_epoch=lambda row: None):
 
 def draw_batches(loader, epoch, settings):
     """The training batches of an epoch, reproducible from seed and epoch alone."""
-    torch.manual_seed(1000 * settings.seed + epoch + 10**9 * RANK)  # augmentation and dropout, per process
+    torch.manual_seed(1000 * settings.seed + epoch + 10**9 * RANK)  # augmentation and dropout
     loader.sampler.set_epoch(epoch)
     yield from loader
 
@@ -219,7 +228,7 @@ def train_step(network, optimizer, scaler, x, y, settings):
 
 
 def autocast(settings):
-    """Mixed precision for a forward pass: float16 on CUDA, bfloat16 on the CPU. Weights and gradients stay float32."""
+    """Mixed precision for a forward pass; weights and gradients stay float32."""
     return torch.autocast(DEVICE.type, torch.float16 if CUDA else torch.bfloat16, enabled=settings.amp)
 
 
@@ -248,25 +257,26 @@ def collect(outputs):
 
 
 def split_metrics(split, logits, labels):
-    """Loss and metrics of logits (N, 1 or K), {"<split>_<name>": value}."""
+    """{"<split>_<name>": value}: loss and metrics of logits (N, 1 or K) and labels (N,)."""
     values = {"loss": compute_loss(logits, labels).item(), **compute_metrics(labels.numpy(), logits)}
     return {f"{split}_{name}": float(value) for name, value in values.items()}
 
 
 def score_epoch(row):
-    """The lower, the better: decides the kept epoch, patience, plateau, tuning and the order of a comparison."""
+    """Lower is better: for the kept epoch, patience, plateau, tuning and comparisons."""
     return row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf
 
 
 def find_kept_epoch(history):
-    """Row of the kept epoch: the last, or with a lower --patience the one of lowest validation loss."""
+    """Row of the kept epoch: the last, or with a lower --patience the one with the best score."""
     return [row for row in history if row["kept"]][-1]
 
 
 def copy_weights(model):
     """A copy of the weights, without those of a frozen backbone."""
+    left_out = ("backbone.",) if model.frozen else ()
     state = model.state_dict()
-    return {n: t.clone() for n, t in state.items() if not (model.frozen and n.startswith("backbone."))}
+    return {name: tensor.clone() for name, tensor in state.items() if not name.startswith(left_out)}
 
 
 def say_epoch(title, row):
@@ -275,16 +285,16 @@ def say_epoch(title, row):
 
 
 def shown_metrics(columns):
-    """The first three metrics of the validation pictures: printed while training, and drawn in curves.png."""
+    """The first three metrics of the validation pictures, for the printed line and curves.png."""
     return [name for name in columns if name.startswith("val_") and name != "val_loss"][:3]
 
 
-# ---------------------------------------------------------------- what feeds it: pictures, or cached features
+# ---------------------------------------------------------------- what feeds it
 def make_loaders(model, table, recipe, settings, cache=None):
-    """{"train", "val"} data loaders of pictures, or of cached features (--views), each view an item of its own.
+    """{"train", "val"} data loaders of pictures, or of cached features, one item for each view.
 
-    Also fits the standardisation of a frozen backbone. Any other backbone has a third loader, "statistics": training
-    pictures without augmentation, for its batch norms.
+    Also fits the standardisation of a frozen backbone. Any other backbone has a third loader,
+    "statistics": training pictures without augmentation, for its batch norms.
     """
     train_table = table[table["split"] == "train"]
     val_table = table[table["split"] == "val"]
@@ -296,33 +306,30 @@ def make_loaders(model, table, recipe, settings, cache=None):
     else:
         train = Pictures(train_table, training_transform(model, recipe, settings))
         val = Pictures(val_table, plain)
-        clean = extract_features(model, [Pictures(train_table, plain)], settings) if model.frozen else None
+        if model.frozen:
+            clean = extract_features(model, [Pictures(train_table, plain)], settings)
     if model.frozen:
         model.fit_standardize(clean)
 
+    size = settings.batch_size
     options = {"num_workers": 0 if cache else settings.workers, "pin_memory": CUDA}
     sampler = DistributedSampler(train, WORLD, RANK, seed=settings.seed)
-    drop_last = leaves_one(sampler, settings.batch_size)
+    single = len(sampler) % size == 1  # is the last batch one picture? It has no batch statistics
     every_nth = range(RANK, len(val), WORLD)
     loaders = {
-        "train": DataLoader(train, settings.batch_size, sampler=sampler, drop_last=drop_last, **options),
-        "val": DataLoader(val, max(settings.batch_size, 32), sampler=every_nth, **options),
+        "train": DataLoader(train, size, sampler=sampler, drop_last=single, **options),
+        "val": DataLoader(val, max(size, 32), sampler=every_nth, **options),
     }
     if not model.frozen:
         some = Pictures(train_table.iloc[:: math.ceil(len(train_table) / STATISTICS_FROM)], plain)
-        loaders["statistics"] = DataLoader(some, 32, drop_last=leaves_one(some, 32), **options)
+        loaders["statistics"] = DataLoader(some, 32, drop_last=len(some) % 32 == 1, **options)
     return loaders
-
-
-def leaves_one(data, batch_size):
-    """Is the last batch a single picture? It has no batch statistics."""
-    return len(data) % batch_size == 1 and len(data) > 1
 
 
 class Pictures(Dataset):
     """(input (CHANNELS, size, size), label) of each row of a table of pictures.
 
-    With a seed, what is random in the transform depends on the seed and the row alone, in any process.
+    With a seed, randomness in the transform depends on the seed and the row alone, in any process.
     """
 
     def __init__(self, table, transform, seed=None):
@@ -344,9 +351,9 @@ CACHE = {}  # features of all pictures of the command; repeats, folds and trials
 
 
 def cache_features(model, table, recipe, settings):
-    """CACHE with "views" (K, N, F), augmented, and "clean" (N, F), unaugmented, of the N pictures of a table.
+    """CACHE with features of N pictures: "views" (K, N, F), augmented, and "clean" (N, F).
 
-    Extracts them where CACHE is of another backbone or of other views. Shifted copies have no clean features.
+    Extracts them anew for another backbone or other views. Shifted copies have no clean features.
     """
     names = ["pictures", "backbone", "weights", "scales", "image_size", "views"]
     names += AUGMENTATION[settings.augmentation]
@@ -354,24 +361,26 @@ def cache_features(model, table, recipe, settings):
     key = [getattr(settings, name) for name in names]
     if CACHE.get("key") == key:
         return CACHE
-    say(f"caching the features of {settings.views} views of each of {len(table)} pictures, and of the originals")
+    say(f"caching the features of {settings.views} views of each of {len(table)} pictures")
     CACHE.clear()  # before the new ones need memory
     transform = training_transform(model, recipe, settings)
     views = [Pictures(table, transform, VIEWS_SEED + k * len(table)) for k in range(settings.views)]
-    originals = Pictures(table[~table["copy"]], to_input(model, recipe))
+    is_original = ~table["copy"].to_numpy()
+    originals = Pictures(table[is_original], to_input(model, recipe))
     CACHE["views"] = extract_features(model, views, settings).unflatten(0, (len(views), len(table)))
     CACHE["clean"] = torch.empty(len(table), model.n_features)
-    CACHE["clean"][~table["copy"].to_numpy()] = extract_features(model, [originals], settings)
+    CACHE["clean"][is_original] = extract_features(model, [originals], settings)
     CACHE["key"] = key
     return CACHE
 
 
 def extract_features(model, datasets, settings):
-    """Features (N, F) of the N pictures of all datasets, by a frozen backbone. Processes take batches in turn."""
-    fast = timm.utils.reparameterize_model(model).eval()  # a copy with fused branches; channels-last: twice as fast
+    """Features (N, F) of the pictures of all datasets; processes take batches in turn."""
+    fast = timm.utils.reparameterize_model(model).eval()  # a copy with fused branches, twice as fast
     dataset = ConcatDataset(datasets)
-    batches = [range(i, min(i + 32, len(dataset))) for i in range(0, len(dataset), 32)][RANK::WORLD]
-    features = torch.zeros(len(dataset), model.n_features)
+    n = len(dataset)
+    batches = [range(i, min(i + 32, n)) for i in range(0, n, 32)][RANK::WORLD]
+    features = torch.zeros(n, model.n_features)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=settings.workers)
     with torch.inference_mode():
         for batch, (x, _) in zip(batches, progress(loader, "extracting features"), strict=True):
@@ -383,7 +392,7 @@ def extract_features(model, datasets, settings):
 
 
 def look_up(cache, table):
-    """(views (K, N, F), their labels (K * N,), clean features (n, F) of the originals, their labels) of a table."""
+    """Cached features of a table: (views (K, N, F), labels (K * N,), clean (n, F), labels (n,))."""
     originals = table[~table["copy"]]
     views = cache["views"][:, list(table.index)]  # the index counts all pictures of the command
     clean = cache["clean"][list(originals.index)]
@@ -392,16 +401,18 @@ def look_up(cache, table):
 
 
 def to_input(model, recipe, jitter=0):
-    """The only path from a picture, uint8 (H, W), to a network: float (CHANNELS, size, size), coloured, normalised.
+    """The only path from a picture, uint8 (H, W), to a network: float (CHANNELS, size, size).
 
-    The picture is squashed to the size, never cropped: position is the measurement. jitter: the article's colour
-    jitter. For one grey channel change CHANNELS and the first step.
+    The picture is squashed to the size, never cropped: position is the measurement. jitter: the
+    article's colour jitter. For one grey channel change CHANNELS and the first step.
     """
     steps = [v2.Lambda(functools.partial(colours, colormap=recipe.colormap)), v2.ToImage()]
     if jitter:
         steps.append(v2.ColorJitter(jitter, jitter, jitter))
-    steps += [v2.Resize((model.image_size, model.image_size)), v2.ToDtype(torch.float32, scale=True)]
-    return v2.Compose([*steps, v2.Normalize(model.mean, model.std), v2.ToPureTensor()])
+    if model.image_size:
+        steps.append(v2.Resize((model.image_size, model.image_size)))
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(model.mean, model.std)]
+    return v2.Compose([*steps, v2.ToPureTensor()])
 
 
 def make_inputs(model, recipe, pictures):
@@ -410,7 +421,7 @@ def make_inputs(model, recipe, pictures):
 
 
 def training_transform(model, recipe, settings):
-    """The same after random augmentation."""
+    """`to_input` after a random augmentation."""
     view = v2.Lambda(functools.partial(augment, settings=settings))
     return v2.Compose([view, to_input(model, recipe, settings.color_jitter)])
 
@@ -418,7 +429,7 @@ def training_transform(model, recipe, settings):
 def augment(picture, settings):
     """A random view of a picture, uint8 (H, W): as if the sample had been measured on another day.
 
-    It changes log intensity, so that erased and uncovered bins mean "nothing measured" in any colormap.
+    It changes log intensity: erased and uncovered bins mean "nothing measured" in any colormap.
     """
     x = torch.from_numpy(picture)[None] / 255  # (1, H, W) log intensity, 0 ... 1
     if settings.warp:
@@ -428,17 +439,15 @@ def augment(picture, settings):
     if settings.rotate:
         x = v2.RandomRotation(settings.rotate, v2.InterpolationMode.BILINEAR)(x)
     if settings.erase:
-        x = v2.RandomErasing(settings.erase, scale=(settings.erase_size / 16, settings.erase_size))(x)
+        largest = settings.erase_size
+        x = v2.RandomErasing(settings.erase, scale=(largest / 16, largest))(x)
     return (256 * x[0]).clamp(max=255).byte().numpy()
 
 
 def warp_retention(x, deviation):
-    """Shift the columns of log intensity (1, H, W) smoothly along retention time, W; deviation: fraction of the axis.
-
-    m/z shifts by far less than a bin, so the rows stay.
-    """
-    n = x.shape[2]
-    source = torch.arange(n) + n * draw_wave(n, deviation)  # the fractional column that each column shows
+    """Shift the columns of log intensity (1, H, W) smoothly; deviation: fraction of the axis."""
+    n = x.shape[2]  # the rows stay: m/z shifts by far less than a bin
+    source = torch.arange(n) + n * draw_wave(n, deviation)  # fractional source of each column
     source = source.clamp(0, n - 1)
     left = source.long()
     right = (left + 1).clamp(max=n - 1)
@@ -446,7 +455,7 @@ def warp_retention(x, deviation):
 
 
 def vary_sensitivity(x, deviation):
-    """Log intensity (1, H, W) after a smooth random gain along m/z, H; deviation: of the logarithm of the gain."""
+    """Apply a smooth gain along m/z to log intensity (1, H, W); deviation: of the gain's logarithm."""
     gain = draw_wave(x.shape[1], deviation).exp()[:, None]
     intensity = torch.exp2(8 * x) - 1  # 256 ** x
     return (torch.log1p(gain * intensity) / math.log(256)).clamp(max=1)
@@ -460,11 +469,11 @@ def draw_wave(n, deviation):
 
 # ---------------------------------------------------------------- the model
 class Classifier(nn.Module):
-    """Feature maps of a backbone -> average-pool to a grid -> standardise -> linear -> logits (N, K).
+    """Maps of a backbone -> average-pool to grids -> standardise -> linear -> logits (N, K).
 
-    scales: ["STRIDE:GRID"]. Stride 1 is the picture itself, the only one of `pixels`; the article pools the last map to
-    one cell. An early map on a fine grid keeps a spot and its place on the retention-time and m/z axes. The model takes
-    inputs (N, CHANNELS, size, size), or their cached features (N, F).
+    scales: ["STRIDE:GRID"]. Stride 1 is the picture itself, the only one of `pixels`. The article
+    pools the last map to one cell; an early map on a fine grid keeps a spot and its place on the
+    retention-time and m/z axes. Inputs: (N, CHANNELS, size, size), or their cached features (N, F).
     """
 
     def __init__(self, backbone, n_outputs, scales=None, image_size=None, finetune="head", pretrained=False):
@@ -474,23 +483,26 @@ class Classifier(nn.Module):
         strides = [1]
         if backbone == "pixels":
             self.backbone = nn.Identity()
-            self.image_size = image_size or 224
+            self.image_size = image_size  # None: as the pictures are
             self.mean = self.std = (0.5,) * CHANNELS
         else:
             cfg = timm.get_pretrained_cfg(backbone) or timm.models.PretrainedCfg()
             self.image_size = image_size or cfg.input_size[-1]
             options = {"num_classes": 0, "in_chans": CHANNELS}
             if cfg.fixed_input_size and self.image_size != cfg.input_size[-1]:
-                options["img_size"] = self.image_size  # other models accept any size, and lack this option
+                options["img_size"] = self.image_size  # other models accept any size without it
             self.backbone = timm.create_model(backbone, pretrained=pretrained, **options)
             self.mean = cfg.mean[:CHANNELS]
             self.std = cfg.std[:CHANNELS]
             strides += [stage["reduction"] for stage in self.backbone.feature_info]
-        self.scales = parse_scales(scales, strides, backbone)
+        # A digest of the layers, as their code may change under the same name.
+        self.architecture = zlib.crc32(repr(self.backbone).encode())
+        default = SCALES["pixels" if backbone == "pixels" else finetune]
+        self.scales = parse_scales(scales, default, strides, backbone)
         index_of = {stride: i - 1 for i, stride in enumerate(strides)}  # the last map of each stride
         self.map_indices = [index_of[stride] for stride, _, _ in self.scales if stride > 1]
-        self.taps = nn.ModuleList(nn.Identity() for _ in self.map_indices)  # explain.py hooks the maps here
-        self.sizes = self.count_features(backbone)  # of each scale
+        self.taps = nn.ModuleList(nn.Identity() for _ in self.map_indices)  # explain.py hooks these
+        self.sizes = self.count_features(backbone)
         self.n_features = sum(self.sizes)
         self.standardize = nn.BatchNorm1d(self.n_features, affine=False, momentum=None)
         self.head = nn.Linear(self.n_features, n_outputs)
@@ -500,17 +512,20 @@ class Classifier(nn.Module):
             self.backbone.requires_grad_(False)
 
     def count_features(self, backbone):
-        """Number of features of each scale; InputError for a size that the backbone does not accept."""
-        blank = torch.zeros(2, CHANNELS, self.image_size, self.image_size)
+        """Number of features of each scale; InputError if the backbone refuses the image size."""
+        size = self.image_size or 224
+        blank = torch.zeros(2, CHANNELS, size, size)
         try:
             with torch.no_grad():
                 sizes = [pooled.shape[1] for pooled in self.eval().pool_maps(blank)]
         except Exception as error:  # each family of timm raises another type
-            default = getattr(timm.get_pretrained_cfg(backbone), "input_size", "unknown")
-            reason = f"{first_line(error)}; its own size: {default}"
-            raise InputError(f"--image-size: {backbone} cannot take {self.image_size} pixels ({reason})") from None
-        for i, size, (stride, n_rt, n_mz) in zip(self.map_indices[::-1], sizes[::-1], self.scales[::-1], strict=False):
-            if size != self.backbone.feature_info[i]["num_chs"] * n_rt * n_mz:
+            own = getattr(timm.get_pretrained_cfg(backbone), "input_size", ["unknown"])[-1]
+            refused = f"{backbone} cannot take pictures of {self.image_size} pixels; its own is {own}"
+            raise InputError(f"--image-size: {refused} ({first_line(error)})") from None
+        channels = [CHANNELS] * (self.scales[0][0] == 1)
+        channels += [self.backbone.feature_info[i]["num_chs"] for i in self.map_indices]
+        for n_channels, size, (stride, n_rt, n_mz) in zip(channels, sizes, self.scales, strict=True):
+            if size != n_channels * n_rt * n_mz:
                 raise InputError(f"{backbone}: its map of stride {stride} has not the channels of its feature_info")
         return sizes
 
@@ -521,23 +536,22 @@ class Classifier(nn.Module):
             early = {"stop_early": True, "intermediates_only": True}
             found = self.backbone.forward_intermediates(x, indices=self.map_indices, **early)
             maps += [tap(map_) for tap, map_ in zip(self.taps, found, strict=True)]
-        grids = [(n_mz, n_rt) for _, n_rt, n_mz in self.scales]  # m/z is the height
-        return [F.adaptive_avg_pool2d(m, grid).flatten(1) for m, grid in zip(maps, grids, strict=True)]
+        pooled = []
+        for map_, (_, n_rt, n_mz) in zip(maps, self.scales, strict=True):
+            pooled.append(F.adaptive_avg_pool2d(map_, (n_mz, n_rt)).flatten(1))
+        return pooled
 
     def features(self, x):
         """Inputs (N, CHANNELS, size, size) -> pooled features (N, F)."""
         return torch.cat(self.pool_maps(x), dim=1)
 
     def fit_standardize(self, features):
-        """Set mean and variance to those of features (N, F).
-
-        Variances are at least 1 % of their scale's mean, so that nearly constant features cannot explode on new
-        pictures.
-        """
+        """Set mean and variance to those of features (N, F)."""
         variance, mean = torch.var_mean(features, 0, correction=0)
-        variance = torch.cat([part.clamp(min=0.01 * part.mean()) for part in variance.split(self.sizes)])
+        # Raise small variances, as nearly constant features would explode on new pictures.
+        parts = [part.clamp(min=0.01 * part.mean()) for part in variance.split(self.sizes)]
         self.standardize.running_mean.copy_(mean)
-        self.standardize.running_var.copy_(variance)
+        self.standardize.running_var.copy_(torch.cat(parts))
 
     def head_inputs(self, x):
         """Features (N, F), standardised, every scale with the same weight, of expected norm 1.
@@ -553,16 +567,17 @@ class Classifier(nn.Module):
         return self.head(self.head_inputs(x))
 
 
-def parse_scales(scales, strides, backbone):
-    """["STRIDE:GRID"] -> [(stride, cells in retention time, cells in m/z)] by stride. None: the default.
+def parse_scales(scales, default, strides, backbone):
+    """["STRIDE:GRID"] -> [(stride, cells in retention time, cells in m/z)] by stride.
 
-    A grid is N (N x N cells) or TIMExMZ; "last" is the stride of the last map. The nearest stride replaces a default
-    one that the backbone lacks.
+    A grid is N (N x N cells) or TIMExMZ; "last" is the stride of the last map. In the default the
+    nearest stride replaces one that the backbone lacks.
     """
     known = sorted(set(strides))
     chosen = {}
-    for text in scales or SCALES["pixels" if backbone == "pixels" else "network"]:
-        found = re.fullmatch(r"(\d+):([1-9]\d*)(?:x([1-9]\d*))?", text.replace("last", str(strides[-1])))
+    for text in scales or default:
+        text = text.replace("last", str(strides[-1]))
+        found = re.fullmatch(r"(\d+):([1-9]\d*)(?:x([1-9]\d*))?", text)
         stride = int(found[1]) if found else 0
         if not scales and stride not in known:
             stride = min(known[1:], key=lambda other: abs(math.log2(other / stride)))
@@ -602,12 +617,13 @@ def build_model(args, n_outputs):
         except Exception as error:  # from the Hub, its cache, or timm
             missing = f"no pretrained weights of {args.backbone} could be had ({type(error).__name__})"
             if args.weights == "pretrained":
-                raise InputError(f"{missing}: connect to the network once, or give --weights FILE or random") from None
+                raise InputError(f"{missing}: connect to the network, or give --weights FILE or random") from None
             say(f"warning: {missing}: random initialisation")
     elif args.weights != "random":
         model = build(args.finetune or "head")
         load_weights(model.backbone, args.weights)
-        return model, f"file {Path(args.weights).name} {zlib.crc32(Path(args.weights).read_bytes()):08x}"
+        path = Path(args.weights)
+        return model, f"file {path.name} {zlib.crc32(path.read_bytes()):08x}"
     return build(args.finetune or "all"), "random initialisation"
 
 
@@ -621,19 +637,15 @@ def offline_if_unreachable():
 
 
 def load_weights(backbone, path):
-    """Load a backbone from a state dict (.pt, .safetensors) or from the best.pt of another run, without its head."""
+    """Load a backbone, without its head, from a state dict or from the best.pt of another run."""
     try:
         state = timm.models.load_state_dict(path, use_ema=False, weights_only=True)
-        state = {re.sub(r"^(module\.|model\.|backbone\.)+", "", name): tensor for name, tensor in state.items()}
+        prefix = re.compile(r"^(module\.|model\.|backbone\.)+")
+        state = {prefix.sub("", name): tensor for name, tensor in state.items()}
         backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
     except Exception as error:  # unreadable, or a tensor is missing or of another shape
-        reason = f"{type(error).__name__}: {explain_mismatch(error)}"
-        raise InputError(f"--weights {path}: does not fit this --backbone ({reason})") from None
-
-
-def explain_mismatch(error):
-    """Why weights cannot be loaded, in one line; the reason begins in the second line of torch's message."""
-    return " ".join(str(error).split()).rpartition("loading state_dict for ")[2][:250]
+        reason = " ".join(str(error).split())[:250]  # torch's message has several lines
+        raise InputError(f"--weights {path}: does not fit this --backbone ({type(error).__name__}: {reason})") from None
 
 
 # ---------------------------------------------------------------- checkpoints and run folders
@@ -646,49 +658,49 @@ def save_checkpoint(path, contents):
 
 
 def load_checkpoint(path):
-    """The contents of a checkpoint: tensors, numbers and text only, so that no code in it can run."""
+    """The tensors, numbers and text of a checkpoint; no code in it can run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # from torch, pickle or zipfile
-        raise InputError(f"{path}: not a checkpoint that can be read or trusted ({type(error).__name__})") from None
+        raise InputError(f"{path}: not a checkpoint that can be trusted ({type(error).__name__})") from None
 
 
 def load_run(run):
-    """(model in eval mode, checkpoint) of a run folder; the checkpoint has config, recipe, cohort and versions."""
-    checkpoint = load_checkpoint(Path(run) / "best.pt")
+    """(model in eval mode, checkpoint with config, recipe, cohort and versions) of a run folder."""
+    path = Path(run) / "best.pt"
+    checkpoint = load_checkpoint(path)
     try:
         config = checkpoint["config"]
         checkpoint["recipe"] = Recipe.from_text(checkpoint["recipe"])
         checkpoint["chromatogram"] = np.array(checkpoint["chromatogram"])
     except (KeyError, ValueError) as error:
-        raise InputError(f"{run}/best.pt: not a checkpoint of this train.py ({error})") from None
+        raise InputError(f"{path}: not a checkpoint of this train.py ({error})") from None
     settings = argparse.Namespace(**config["settings"])
+    versions = checkpoint["versions"]
     try:
         options = settings.scales, settings.image_size, settings.finetune
         model = Classifier(settings.backbone, config["n_outputs"], *options)
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # timm and torch raise several types
-        versions = f"made with timm {checkpoint['versions']['timm']}; this is {version('timm')}"
-        raise InputError(f"{run}/best.pt: cannot build its network ({versions}; {explain_mismatch(error)})") from None
-    same_versions = all(checkpoint["versions"][name] == version(name) for name in ("timm", "torch"))
-    if same_versions and settings.architecture != digest_architecture(model):
-        raise InputError(f"{run}/best.pt: the layers of {settings.backbone} have changed since its training")
+        reason = " ".join(str(error).split())[:250]
+        timms = f"made with timm {versions['timm']}, this is {version('timm')}"
+        raise InputError(f"{path}: cannot build its network ({timms}; {reason})") from None
+    same_versions = all(versions[name] == version(name) for name in ("timm", "torch"))
+    if same_versions and settings.architecture != model.architecture:
+        raise InputError(f"{path}: the layers of {settings.backbone} have changed since its training")
     model.mean = config["mean"]  # those of timm may change with its version
     model.std = config["std"]
     return model.to(DEVICE).eval(), checkpoint
 
 
-def digest_architecture(model):
-    """A number of the layers of a backbone, as the code of a network may change under its name."""
-    return zlib.crc32(repr(model.backbone).encode())
-
-
 def find_run(run=None):
     """The given run folder, or the newest one below runs/."""
-    found = [Path(run)] if run else sorted(find_runs("runs"), key=lambda run: os.path.getmtime(run / "best.pt"))
-    if not found or not (found[-1] / "best.pt").is_file():
-        raise InputError(f"{run or 'runs/'}: no best.pt; did train.py finish?")
-    return found[-1]
+    if not run:
+        found = find_runs("runs")
+        run = max(found, key=lambda one: os.path.getmtime(one / "best.pt"), default="runs/")
+    if not Path(run, "best.pt").is_file():
+        raise InputError(f"{run}: no best.pt; did train.py finish?")
+    return Path(run)
 
 
 def find_runs(folder):
@@ -696,13 +708,13 @@ def find_runs(folder):
     return [Path(folder, path).parent for path in sorted(glob("**/best.pt", root_dir=folder, recursive=True))]
 
 
-# ---------------------------------------------------------------- the head of a frozen backbone: logistic regression
+# ---------------------------------------------------------------- the head of a frozen backbone
 def fit_head(model, table, cache, settings):
-    """Fit the head as L2 logistic regression on cached features of the training and validation pictures.
+    """Fit the head as L2 logistic regression on cached features, training and validation together.
 
-    The problem is convex, so there is no learning rate, batch order or epoch to choose, and a fixed penalty needs no
-    validation set. The validation metrics are cross-validated: each unaugmented picture is predicted by a head that was
-    fitted without its group. Returns what `fit` returns, with a history of one row.
+    The problem is convex: there is no learning rate, batch order or epoch to choose. The penalty is
+    fixed, so no validation set is needed. Validation metrics are cross-validated: each unaugmented
+    picture is predicted by a head fitted without its group. Returns the same as `fit`, one row long.
     """
     began = time.time()
     table = table[table["split"] != "held out"]
@@ -711,8 +723,7 @@ def fit_head(model, table, cache, settings):
     with torch.no_grad():
         x = torch.cat([model.head_inputs(part.to(DEVICE)).cpu() for part in (*views, clean)])
     z, to_weights = compute_kernel_basis(x)
-    z_train = z[: len(labels)]
-    z_clean = z[len(labels) :]
+    z_train, z_clean = z.split([len(labels), len(clean)])
     weight, bias = fit_logistic(z_train, labels, model.n_outputs)
 
     folds = assign_folds(table, HEAD_FOLDS, settings.seed)
@@ -721,10 +732,11 @@ def fit_head(model, table, cache, settings):
     val_logits = torch.empty(len(clean), model.n_outputs, dtype=z.dtype)
     for k in progress(range(HEAD_FOLDS), "cross-validation"):
         others = fold_of_view != k
+        held_out = fold_of_clean == k
         fold_weight, fold_bias = fit_logistic(z_train[others], labels[others], model.n_outputs)
-        val_logits[fold_of_clean == k] = z_clean[fold_of_clean == k] @ fold_weight.T + fold_bias
+        val_logits[held_out] = z_clean[held_out] @ fold_weight.T + fold_bias
 
-    # With a weak signal such a head is overconfident: its logits shrink towards those of the class frequencies.
+    # A head with a weak signal is overconfident: shrink its logits towards the class frequencies.
     _, baseline = fit_logistic(z_clean[:, :0], clean_labels, model.n_outputs)
     share = choose_shrinkage(val_logits, baseline, clean_labels)
     model.head.weight.data.copy_(share * to_weights(weight))
@@ -740,7 +752,7 @@ def fit_head(model, table, cache, settings):
 
 
 def fit_logistic(z, labels, n_outputs):
-    """(weight (K, d), bias (K,)) of the lowest loss with L2 penalty on features z (n, d), by L-BFGS."""
+    """(weight (K, d), bias (K,)) that minimise loss and L2 penalty on features z (n, d)."""
     weight = torch.zeros(n_outputs, z.shape[1], dtype=z.dtype, requires_grad=True)
     bias = torch.zeros(n_outputs, dtype=z.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
@@ -756,9 +768,10 @@ def fit_logistic(z, labels, n_outputs):
 
 
 def compute_kernel_basis(x):
-    """Kernel trick: if n < F, replace features x (n, F) by z (n, n) with equal inner products, a smaller problem.
+    """Kernel trick: if n < F, replace features x (n, F) by z (n, n) with equal inner products.
 
-    Returns (z, function that maps weights on z to weights on x): the best weights are a weighted sum of the rows of x.
+    Returns (z, function that maps weights on z to weights on x). The smaller problem has the same
+    solution, as the best weights are a weighted sum of the rows of x.
     """
     if x.shape[0] >= x.shape[1]:
         return x.double(), lambda weight: weight
@@ -769,8 +782,9 @@ def compute_kernel_basis(x):
 
 
 def choose_shrinkage(logits, baseline, labels):
-    """The share s, 0.01 to 1, for which s * logits + (1 - s) * baseline has the lowest cross-validated loss."""
-    return min(np.linspace(0.01, 1, 100), key=lambda s: compute_loss(torch.lerp(baseline, logits, s), labels).item())
+    """The share s, 0.01 to 1, for which s * logits + (1 - s) * baseline has the lowest loss."""
+    shares = np.linspace(0.01, 1, 100)
+    return min(shares, key=lambda s: compute_loss(torch.lerp(baseline, logits, s), labels).item())
 
 
 def compute_baseline_loss(labels, n_outputs):
@@ -781,7 +795,7 @@ def compute_baseline_loss(labels, n_outputs):
 
 
 def compute_baseline_auc(labels):
-    """The ROC AUC that 1 in 20 permutations of the labels exceeds (Mann and Whitney 1947), for the rarest class."""
+    """ROC AUC that 1 in 20 permutations of labels exceeds (Mann and Whitney 1947), for the rarest class."""
     counts = np.unique(labels, return_counts=True)[1]
     n = len(labels)
     return float(0.5 + norm.ppf(0.95) * np.sqrt((n + 1) / (12 * counts * (n - counts))).max())
@@ -789,12 +803,13 @@ def compute_baseline_auc(labels):
 
 # ---------------------------------------------------------------- learning-rate range test
 def find_lr(model, loaders, settings, run=None):
-    """The learning rate whose first steps lower the loss most and stay stable; everything else stays as it was.
+    """The learning rate whose first steps lower the loss most and stay stable; restores the model.
 
-    Smith's range test (2017, arXiv:1506.01186) raises the rate at each step; on few pictures the loss then falls
-    because steps pass. Here each rate, four per decade, starts from the same weights and takes the first 24 steps of
-    the training. lr_find.csv: `loss` of the second half of the steps, or, as a head overfits, the validation loss after
-    them; `highest`: the training loss of the worst epoch.
+    Smith's range test (2017, arXiv:1506.01186) raises the rate at each step; on few pictures the
+    loss then falls because steps pass. Here each rate, four per decade, takes the first 24 steps of
+    the training from the same weights. Columns of lr_find.csv: `highest` is the training loss of the
+    worst epoch; `loss` is that of the second half of the steps, or for a head, which overfits, the
+    validation loss after them.
     """
     loader = loaders["train"]
     n_steps = 24
@@ -827,7 +842,7 @@ def find_lr(model, loaders, settings, run=None):
             curve.plot("lr", ax=axes, logx=True, marker=".", xlabel="learning rate", ylabel="loss")
             axes.axvline(lr, color="tab:red", linestyle="--")
             axes.xaxis.set_major_formatter("{x:g}")
-            measured = "validation loss" if model.frozen else f"steps {n_steps // 2 + 1} to {n_steps}"
+            measured = "validation loss" if model.frozen else "second half of the steps"
             axes.legend([measured, "worst epoch", f"{lr:.2g}: {reason}"])
     return lr
 
@@ -835,13 +850,13 @@ def find_lr(model, loaders, settings, run=None):
 def suggest_lr(curve, frozen):
     """(learning rate, reason) from the columns lr, ascending, loss and highest of the range test.
 
-    Drops the first rate whose worst epoch exceeds the starting loss by 8 %, and all higher ones. Then a head uses the
-    rate of lowest loss, a whole network the highest rate within a fifth of the starting loss above that.
+    The first rate whose worst epoch exceeds the starting loss by 8 % is dropped, with all higher
+    ones. A head then uses the rate of lowest loss. A whole network uses the highest rate whose loss
+    is at most a fifth of the starting loss above the lowest.
     """
     start = curve["highest"][0]
     harmful = ~(curve["highest"] <= 1.08 * start)  # nan counts as harmful
-    if harmful.any():
-        curve = curve.iloc[: harmful.argmax()]
+    curve = curve[harmful.cumsum() == 0]
     margin = 0 if frozen else 0.2 * start
     good = curve[curve["loss"] <= curve["loss"].min() + margin]
     return float(good["lr"].max()), "lowest without harm" if frozen else "highest rate without harm"
@@ -862,8 +877,9 @@ def train_once(args, pictures, classes, recipe):
         return run
     table = make_training_table(pictures, settings)
     by_regression = settings.optimizer == "lbfgs"
-    fitted = table[table["split"].isin(("train", "val") if by_regression else ("train",))]
-    validated = (fitted if by_regression else table[table["split"] == "val"]).query("not copy")["label"]
+    fitted = table[table["split"].isin(["train", "val"] if by_regression else ["train"])]
+    validated = fitted if by_regression else table[table["split"] == "val"]
+    labels = validated["label"][~validated["copy"]]
     facts = {
         "data_set": run.parents[1].name,
         "data": settings.data,
@@ -873,8 +889,8 @@ def train_once(args, pictures, classes, recipe):
         "std": list(model.std),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "baseline_loss": compute_baseline_loss(validated, model.n_outputs),
-        "baseline_auc": compute_baseline_auc(validated),
+        "baseline_loss": compute_baseline_loss(labels, model.n_outputs),
+        "baseline_auc": compute_baseline_auc(labels),
         "n_pictures": table["split"].value_counts().to_dict(),
     }
     config = facts | {"settings": list_settings(settings)}
@@ -898,11 +914,12 @@ def train_once(args, pictures, classes, recipe):
         control = ", shuffled labels" * settings.shuffle_labels
         draw_curves(run, history, f"{settings.backbone}, {settings.weights}{control}")
     chromatogram, cohort = summarize_cohort(originals, recipe)
+    by_chance = best.get("val_roc_auc", 1) < facts["baseline_auc"]
     contents = {
         "model": model.state_dict(),
         "epoch": best["epoch"],
         "val_loss": best["val_loss"],
-        "by_chance": best.get("val_roc_auc", 1) < facts["baseline_auc"],
+        "by_chance": by_chance,
         "config": config,
         "fitted": fitted["digest"].tolist(),
         "recipe": recipe.to_text(),
@@ -911,31 +928,30 @@ def train_once(args, pictures, classes, recipe):
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
     }
     save_checkpoint(run / "best.pt", contents)
-    say(f"kept: epoch {best['epoch']} of {len(history)}, validation loss {best['val_loss']:.3f}\nrun folder: {run}")
+    say(f"kept: epoch {best['epoch']} of {len(history)}, validation loss {best['val_loss']:.3f}")
+    say(f"run folder: {run}")
     if best["epoch"] <= len(history) / 10:
-        say(f"warning: epoch {best['epoch']} is among the first tenth, later ones were no better; try a lower --lr")
-    if contents["by_chance"]:
+        say("warning: the kept epoch is among the first tenth; try a lower --lr")
+    if by_chance:
         say(f"warning: no better than chance: 1 in 20 shuffled labels has a ROC AUC above {facts['baseline_auc']:.3f}")
     return run
 
 
 def learn(model, settings, pictures, recipe, run=None, on_epoch=lambda row: None):
-    """Train the model as its settings say; returns (history, weights of the kept epoch) on rank 0."""
+    """Train by `fit` or `fit_head`; returns (history, weights of the kept epoch) on rank 0."""
     table = make_training_table(pictures, settings)
     cache = cache_features(model, pictures, recipe, settings) if settings.views else None
     if settings.optimizer != "lbfgs":
         return fit(model, make_loaders(model, table, recipe, settings, cache), settings, run, on_epoch)
     if RANK > 0:
         return [], None
-    history, weights = fit_head(model, table, cache, settings)
-    on_epoch(history[0])
-    return history, weights
+    return fit_head(model, table, cache, settings)
 
 
 def resolve_settings(args, pictures, recipe):
-    """(model, settings) of a training: every flag has its final value for this model and these pictures.
+    """(model, settings) of a training: every flag has its final value for this model and data.
 
-    config.json keeps the settings, cached features are known by them, and trainings of equal settings are the same one.
+    config.json saves the settings. They identify cached features and decide if trainings are equal.
     """
     n_outputs = len(set(pictures["phenotype"]))
     model, origin = build_model(args, 1 if n_outputs == 2 else n_outputs)
@@ -945,13 +961,13 @@ def resolve_settings(args, pictures, recipe):
     settings.finetune = "head" if model.frozen else "all"
     settings.scales = [f"{s}:{n_rt}" + f"x{n_mz}" * (n_mz != n_rt) for s, n_rt, n_mz in model.scales]
     settings.image_size = model.image_size
-    settings.architecture = digest_architecture(model)
+    settings.architecture = model.architecture
     if args.views == "auto":
         settings.views = min(16, max(1, CACHED_VIEWS // len(pictures))) if model.frozen else 0
     if args.optimizer == "auto":
         settings.optimizer = "lbfgs" if settings.views else "adamax"
     if (settings.views and not model.frozen) or (settings.optimizer == "lbfgs" and not settings.views):
-        raise InputError("--views and --optimizer lbfgs are for a frozen backbone: use --finetune head --views auto")
+        raise InputError("--views and --optimizer lbfgs need --finetune head; lbfgs also needs --views")
     if settings.optimizer == "lbfgs":
         vars(settings).update(dict.fromkeys(LOOP_SETTINGS))
         return model, settings
@@ -962,8 +978,9 @@ def resolve_settings(args, pictures, recipe):
         n_steps = math.ceil(n_train / settings.batch_size / WORLD)
         settings.epochs = min(100, max(20, math.ceil(400 / n_steps)))
     if args.patience == "auto":
-        # The lowest validation loss chose no better epoch than the last of a cosine schedule (EXPERIMENTS).
-        settings.patience = settings.epochs if args.scheduler == "cosine" else max(10, settings.epochs // 4)
+        settings.patience = max(10, settings.epochs // 4)
+        if args.scheduler == "cosine":  # its last epoch was as good as the best one (EXPERIMENTS)
+            settings.patience = settings.epochs
     return model, settings
 
 
@@ -980,32 +997,33 @@ def list_settings(settings):
 
 def run_folder(args):
     """runs/<data set>/<backbone>/seed<seed>[-shuffled][-fold<k>]"""
-    suffix = "-shuffled" * args.shuffle_labels
+    seed = f"seed{args.seed}" + "-shuffled" * args.shuffle_labels
     if args.fold is not None:
-        suffix += f"-fold{args.fold}"
-    return Path(args.out) / (args.name or Path(args.data).resolve().name) / args.backbone / f"seed{args.seed}{suffix}"
+        seed += f"-fold{args.fold}"
+    return Path(args.out, args.name or Path(args.data).resolve().name, args.backbone, seed)
 
 
 def make_training_table(pictures, settings):
-    """Apply --shuffle-labels and --folds (fold k is held out, k + 1 validates); shifted copies only train."""
+    """Apply --shuffle-labels and --folds (k is held out, k + 1 validates). Copies only train."""
     table = pictures.copy()
     if settings.shuffle_labels:
         table["label"] = shuffle_labels(table, settings.seed)
     if settings.fold is not None:
-        turn = (assign_folds(table, settings.folds, settings.seed) - settings.fold) % settings.folds
+        folds = assign_folds(table, settings.folds, settings.seed)
+        turn = (folds - settings.fold) % settings.folds
         table["split"] = np.select([turn == 0, turn == 1], ["held out", "val"], "train")
     return table[(table["split"] == "train") | ~table["copy"]]
 
 
 def shuffle_labels(table, seed):
-    """Permuted labels (a control). Shifted copies, and a group's rows of one label, keep a common label."""
+    """Permuted labels, a control. Copies, and rows of one group and label, keep a common label."""
     owner = table.groupby(["group", "label"]).ngroup().to_numpy()
     labels = table["label"].groupby(owner).first().to_numpy()
     return np.random.default_rng(seed).permutation(labels)[owner]
 
 
 def assign_folds(table, n_folds, seed):
-    """Fold (N,) of each row: round-robin within each label; a group and its shifted copies stay together."""
+    """Fold (N,) of each row, round-robin within labels; a group and its copies stay together."""
     groups = table.drop_duplicates("group").sample(frac=1, random_state=seed)
     groups = groups.sort_values("label", kind="stable")
     fold = pd.Series(np.arange(len(groups)) % n_folds, index=groups["group"])
@@ -1015,7 +1033,7 @@ def assign_folds(table, n_folds, seed):
 def find_classes(pictures, positive=None):
     """Sorted phenotypes of find_pictures; class 1 of two is `positive`, or else the last."""
     counts = pd.crosstab(pictures["split"], pictures["phenotype"])
-    classes = sorted(counts.columns)
+    classes = list(counts)
     if len(classes) < 2:
         raise InputError(f"one phenotype only ({classes[0]}); a classifier needs two")
     if positive and positive not in classes:
@@ -1030,7 +1048,7 @@ def write_held_out(run, model, table, recipe, fold):
     """held_out.csv: the logits of the fold's held-out pictures."""
     table = table[table["split"] == "held out"].assign(fold=fold)
     outputs = predict(model, DataLoader(Pictures(table, to_input(model, recipe)), 32))
-    logits = torch.cat([logits for logits, _ in outputs]).numpy()
+    logits = torch.cat([batch for batch, _ in outputs]).numpy()
     logits = pd.DataFrame(logits, index=table.index).add_prefix("logit_")
     columns = ["fold", "sample_name", "group", "phenotype", "label"]
     write_table(run / "held_out.csv", table[columns].join(logits))
@@ -1038,8 +1056,8 @@ def write_held_out(run, model, table, recipe, fold):
 
 @contextmanager
 def figure(path, title, size, **subplots):
-    """Yield the axes of a figure (inches); saves the PNG on success. "; " in the title becomes a line break."""
-    with style.context(["default", {"text.parse_math": False}]):  # no matplotlibrc, and a $ in a name is a $
+    """Yield the axes of a figure (inches), then save it as PNG. "; " in the title breaks the line."""
+    with style.context(["default", {"text.parse_math": False}]):  # no matplotlibrc; a $ is a $
         drawing = Figure(figsize=size, layout="constrained")
         axes = drawing.subplots(**subplots)
         drawing.suptitle(title.replace("; ", "\n"), fontsize=11)
@@ -1058,7 +1076,7 @@ def draw_curves(run, history, title):
             axes.axvline(kept, color="0.6", linestyle="--", label=f"kept ({kept})")
             axes.legend()
             axes.xaxis.get_major_locator().set_params(integer=True)
-        top = max(1.5 * table["train_loss"][0], 1.2 * table["val_loss"].median())  # one bad epoch does not dominate
+        top = max(1.5 * table["train_loss"][0], 1.2 * table["val_loss"].median())  # one bad epoch must not dominate
         left.set_ylim(0, min(top, 1.05 * left.get_ylim()[1]))
 
 
@@ -1077,30 +1095,11 @@ def draw_transformed(run, originals, model, recipe, settings):
 FINISHED = TrialState.COMPLETE, TrialState.PRUNED
 
 
-class EveryCombination(optuna.samplers.RandomSampler):
-    """Each trial tries the combination of SEARCH that the fewest trials have finished.
-
-    So neither a killed command nor several processes leave a combination out.
-    """
-
-    def before_trial(self, study, trial):
-        combinations = [dict(zip(SEARCH, values, strict=True)) for values in itertools.product(*SEARCH.values())]
-        trials = study.get_trials()
-        finished = [other.params for other in trials if other.state in FINISHED]
-        fewest = min(map(finished.count, combinations))
-        left = [combination for combination in combinations if finished.count(combination) == fewest]
-        running = [other for other in trials if other.state == TrialState.RUNNING and other.number < trial.number]
-        self.chosen = left[len(running) % len(left)]
-
-    def sample_independent(self, study, trial, name, distribution):
-        return self.chosen[name]
-
-
 def tune(args, pictures, recipe):
-    """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation"); writes trials.csv.
+    """Optuna over every combination of SEARCH (article, "Hyperparameter optimisation").
 
-    Minimises a trial's best validation loss, with median pruning. Any number of processes with the same command and
-    --storage share the work.
+    Minimises a trial's best validation loss, with median pruning; writes trials.csv. Any number of
+    processes with the same command and --storage share the work.
     """
 
     def objective(trial):
@@ -1123,10 +1122,12 @@ def tune(args, pictures, recipe):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = run_folder(args).parent / "tune"
     folder.mkdir(parents=True, exist_ok=True)
-    storage = args.storage or URL.create("sqlite", database=f"{folder}/study.db").render_as_string()
-    question = json.dumps(list_settings(args) | SEARCH | {"pictures": digest_pictures(pictures, recipe)})
-    options = {"study_name": f"{args.backbone}-{zlib.crc32(question.encode()):08x}", "load_if_exists": True}
-    options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=5)
+    default = URL.create("sqlite", database=f"{folder}/study.db").render_as_string()
+    storage = args.storage or default
+    identity = list_settings(args) | SEARCH | {"pictures": digest_pictures(pictures, recipe)}
+    name = f"{args.backbone}-{zlib.crc32(json.dumps(identity).encode()):08x}"
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=5)
+    options = {"study_name": name, "load_if_exists": True, "pruner": pruner}
     for attempt in range(5):
         try:
             study = optuna.create_study(storage=storage, sampler=EveryCombination(), **options)
@@ -1140,8 +1141,27 @@ def tune(args, pictures, recipe):
     if not study.get_trials(states=[TrialState.COMPLETE]):
         raise InputError("--tune: no trial was completed; try a lower --lr")
     write_table(folder / "trials.csv", study.trials_dataframe())
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in study.best_params.items())
-    say(f"{args.tune} trials in {folder}; best value {study.best_value:.3f}: train it with {flags}")
+    best = [f"--{flag.replace('_', '-')} {value}" for flag, value in study.best_params.items()]
+    say(f"{args.tune} trials in {folder}; best value {study.best_value:.3f}: train it with {' '.join(best)}")
+
+
+class EveryCombination(optuna.samplers.RandomSampler):
+    """Each trial tries the combination of SEARCH that the fewest trials have finished.
+
+    So neither a killed command nor several processes leave a combination out.
+    """
+
+    def before_trial(self, study, trial):
+        combinations = [dict(zip(SEARCH, values, strict=True)) for values in itertools.product(*SEARCH.values())]
+        trials = study.get_trials()
+        finished = [other.params for other in trials if other.state in FINISHED]
+        fewest = min(map(finished.count, combinations))
+        left = [combination for combination in combinations if finished.count(combination) == fewest]
+        n_running = sum(other.state == TrialState.RUNNING for other in trials[: trial.number])
+        self.chosen = left[n_running % len(left)]
+
+    def sample_independent(self, study, trial, name, distribution):
+        return self.chosen[name]
 
 
 # ---------------------------------------------------------------- command line
@@ -1150,41 +1170,45 @@ def make_parser():
     add = parser.add_argument_group("what to train").add_argument
     add("--backbone", nargs="+", required=True, metavar="NAME", help="timm names or patterns, article, pixels")
     add("--params", nargs=2, type=float, metavar=("MIN", "MAX"), help="limit patterns to MIN-MAX million parameters")
-    add("--data", metavar="DIR", help="folder made by convert.py (default: the demo, with settings of its own)")
-    add("--weights", default="auto", help="auto (pretrained if available), pretrained, random, or a file")
-    add("--finetune", choices=["head", "all"], help="what is trained (default: head; all if weights are random)")
-    scales = f"maps that the head sees, and their grids, N or TIMExMZ (default: {SCALES})"
+    add("--data", metavar="DIR", help="folder made by convert.py (default: the demo)")
+    add("--weights", default="auto", help="auto (pretrained, if available), pretrained, random, or a file")
+    add("--finetune", choices=["head", "all"], help="what to train (default: head; all if weights are random)")
+    scales = "inputs of the head; GRID: N or TIMExMZ cells (default: SCALES)"
     add("--scales", nargs="+", metavar="STRIDE:GRID", help=scales)
     add("--image-size", type=count, metavar="N", help="pixels a side (default: the backbone's own)")
-    add("--positive", metavar="CLASS", help="phenotype that is class 1 (default: the last in sorted order)")
+    add("--positive", metavar="CLASS", help="phenotype of class 1 (default: the last by name)")
     add = parser.add_argument_group("optimisation").add_argument
-    optimizer = "auto: lbfgs, which fits a head on cached features as logistic regression; else adamax"
+    optimizer = "auto: lbfgs (logistic regression) for a head on cached features, else adamax"
     add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=optimizer)
-    add("--epochs", type=or_auto(count), default="auto", help="maximum; auto: about 400 steps, 20 to 100 epochs")
-    patience = "keep the best epoch, stop after so many worse ones; auto: a cosine schedule keeps its last epoch"
+    add("--epochs", type=or_auto(count), default="auto", help="maximum; auto: about 400 steps")
+    patience = "keep the best epoch, stop after so many worse ones; auto: cosine keeps its last epoch"
     add("--patience", type=or_auto(count), default="auto", help=patience)
     add("--batch-size", type=or_auto(count), default="auto", help="per process; auto: 8, or 32 for 1,000+ pictures")
     add("--lr", type=or_auto(float), default="auto", help="learning rate, or auto: range test")
-    add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's best is cosine")
+    add("--scheduler", choices=list(SCHEDULERS), default="cosine", help="the article's is cosine")
     add("--weight-decay", type=float, default=2e-5, help="L2 penalty (adamw: decoupled)")
-    amp = CUDA or FAST_BFLOAT16
-    add("--amp", action=argparse.BooleanOptionalAction, default=amp, help="mixed precision, where it is fast")
+    add("--amp", action=argparse.BooleanOptionalAction, default=CUDA or FAST_BFLOAT16, help="mixed precision")
     add = parser.add_argument_group("training pictures").add_argument
-    add("--augmentation", choices=list(AUGMENTATION), default="physical", help="preset, see AUGMENTATION")
+    add(
+        "--augmentation",
+        choices=list(AUGMENTATION),
+        default="physical",
+        help="preset: physical varies as instruments do",
+    )
     add("--warp", type=float, metavar="PERCENT", help="retention shift (default: the preset's)")
-    views = "frozen backbone: cache K augmented views of each picture; 0: augment every epoch"
+    views = "frozen backbone: cache K augmented views per picture; 0: augment every epoch"
     add("--views", type=or_auto(int), default="auto", metavar="K", help=views)
     add = parser.add_argument_group("experiments").add_argument
     add("--repeats", type=count, default=1, metavar="N", help="trainings with seeds SEED, SEED + 1, ...")
-    add("--folds", type=int, default=0, metavar="K", help="cross-validation over train and val together")
-    add("--tune", type=int, default=0, metavar="N", help="Optuna trials over the combinations of SEARCH")
+    add("--folds", type=int, default=0, metavar="K", help="cross-validation over train and val")
+    add("--tune", type=int, default=0, metavar="N", help="Optuna trials of optimizer and scheduler")
     add("--storage", metavar="URL", help="Optuna database that processes share (default: in the tune folder)")
     add("--shuffle-labels", action="store_true", help="permute labels, as a control")
     add = parser.add_argument_group("machine and output").add_argument
     add("--seed", type=int, default=2643, help="seed of initial weights, order and augmentation")
     workers = cores() if CUDA else max(1, cores() // 4)  # leave cores for the network
     add("--workers", type=int, default=workers, help="processes that load pictures; augmentation depends on how many")
-    add("--out", default="runs", metavar="DIR", help="runs go to DIR/<data set>/<backbone>/seed<seed>/")
+    add("--out", default="runs", metavar="DIR", help="writes DIR/<data set>/<backbone>/seed<seed>/")
     add("--name", help="folder in place of <data set>")
     return parser
 
@@ -1204,18 +1228,21 @@ def parse_arguments(argv=None):
     if not args.data:
         parser.set_defaults(demo=True, data="demo", **DEMO)
         args = parser.parse_args(argv)
-    if args.lr != "auto" and not 0 < args.lr < math.inf:
-        parser.error("--lr must be a number above 0, or auto")
-    if min(args.workers, args.seed, args.weight_decay, args.warp or 0, 0 if args.views == "auto" else args.views) < 0:
-        parser.error("--views, --workers, --seed, --weight-decay and --warp must be 0 or more")
-    if args.batch_size == 1:
-        parser.error("--batch-size must be 2 or more: one picture has no batch statistics")
-    if args.tune and (args.folds or args.repeats > 1 or WORLD > 1):
-        parser.error("--tune excludes --folds, --repeats and torchrun (several processes share a --storage)")
-    if 0 < args.folds < 3:
-        parser.error("--folds must be at least 3: one is held out, one validates, the others train")
-    if args.weights not in ("auto", "pretrained", "random") and not Path(args.weights).is_file():
-        parser.error(f"--weights {args.weights}: no such file (nor auto, pretrained or random)")
+    numbers = [args.views, args.workers, args.seed, args.weight_decay, args.warp]
+    negative = [number for number in numbers if number not in (None, "auto") and number < 0]
+    several = args.folds or args.repeats > 1 or WORLD > 1  # trainings or processes
+    known_weights = args.weights in ("auto", "pretrained", "random") or Path(args.weights).is_file()
+    problems = {
+        "--lr must be a number above 0, or auto": args.lr != "auto" and not 0 < args.lr < math.inf,
+        "--views, --workers, --seed, --weight-decay and --warp must be 0 or more": negative,
+        "--batch-size must be 2 or more: one picture has no batch statistics": args.batch_size == 1,
+        "--tune excludes --folds, --repeats and torchrun (share a --storage)": args.tune and several,
+        "--folds must be at least 3: held out, validation and training": 0 < args.folds < 3,
+        f"--weights {args.weights}: not a file, auto, pretrained or random": not known_weights,
+    }
+    for problem, found in problems.items():
+        if found:
+            parser.error(problem)
     return args
 
 
@@ -1226,24 +1253,25 @@ def expand_trainings(args):
     trainings = []
     for backbone, i, fold in itertools.product(backbones, range(args.repeats), folds):
         training = vars(args) | {"backbone": backbone, "seed": args.seed + i, "fold": fold}
-        if backbone == "pixels" and len(backbones) > 1:
-            training["scales"] = None  # --scales is for networks
+        if backbone == "pixels" and (len(backbones) > 1 or "demo" in args):
+            training |= {"scales": None, "image_size": None}  # these are for networks
         trainings.append(argparse.Namespace(**training))
     return trainings
 
 
 def expand_backbones(names, params):
-    """Names, patterns and 'article' -> model names; patterns keep those within `params` million parameters."""
+    """Names, patterns and 'article' -> model names; params limits those of patterns (millions)."""
     chosen = []
     for name in names:
-        if name in ("article", "pixels") or timm.is_model(name):
-            chosen += ARTICLE if name == "article" else [name]
-            continue
-        matches = timm.list_models(name) or timm.list_pretrained(name) if set(name) & set("*?[") else []
-        if not matches:
+        if name == "article":
+            chosen += ARTICLE
+        elif name == "pixels" or timm.is_model(name):
+            chosen.append(name)
+        elif matches := timm.list_models(name) or timm.list_pretrained(name):
+            chosen += [match for match in matches if not params or params[0] <= count_millions(match) <= params[1]]
+        else:
             near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3, cutoff=0.3)
             raise InputError(f"--backbone {name!r} is not a timm model; the nearest: {', '.join(near) or 'none'}")
-        chosen += [match for match in matches if not params or params[0] <= count_millions(match) <= params[1]]
     return list(dict.fromkeys(chosen))
 
 
@@ -1255,11 +1283,11 @@ def count_millions(name):
 
 def make_demo(args):
     say(f"no --data: the demo cohort, with settings for two CPU cores: {DEMO}")
-    if RANK == 0 and not (Path(args.data) / "samples.csv").exists():
-        alone = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
-        subprocess.run(
-            [sys.executable, Path(__file__).with_name("tests") / "demo.py", args.data], check=True, env=alone
-        )
+    if RANK == 0 and not Path(args.data, "samples.csv").exists():
+        script = Path(__file__).with_name("tests") / "demo.py"
+        alone = os.environ.copy()
+        alone.pop("TORCHELASTIC_RUN_ID", None)
+        subprocess.run([sys.executable, script, args.data], check=True, env=alone)
     if WORLD > 1:
         dist.barrier()  # the others wait for the cohort
 
@@ -1279,7 +1307,7 @@ def main():
     groups = pictures.groupby("phenotype")["group"].nunique()
     if args.folds > groups.min():
         few = f"{groups.idxmin()} has {groups.min()} samples or groups, and each fold needs one"
-        raise InputError(f"--folds {args.folds}: {few} (3 folds at least)")
+        raise InputError(f"--folds {args.folds}: {few}")
     results = []
     failures = []
     for training in trainings:
@@ -1289,14 +1317,15 @@ def main():
         try:
             results.append(train_once(training, pictures, classes, recipe))
         except Exception as error:  # for example out of memory, or an unsupported size
-            if len(trainings) == 1 or WORLD > 1:  # one process that continued would leave the others waiting
+            if len(trainings) == 1 or WORLD > 1:  # else the others would wait for ever
                 raise
             failures.append(f"{run_folder(training)}: {first_line(error)}")
             say(f"failed: {failures[-1]}")
     if WORLD > 1:
         dist.destroy_process_group()
     if results:
-        say(f"next:\n  python evaluate.py {results[0] if len(results) == 1 else results[0].parents[1]}")
+        evaluated = results[0] if len(results) == 1 else results[0].parents[1]
+        say(f"next:\n  python evaluate.py {evaluated}")
         say(f"  python explain.py {results[0]}")
     for failure in failures:
         print(f"left out: {failure}", file=sys.stderr)

@@ -4,6 +4,7 @@ python tests/benchmark.py convert                # about five minutes: a run of 
 python tests/benchmark.py views                  # about five minutes: fresh views against stored features
 python tests/benchmark.py views --backbone mobileone_s3 --image-size 128
 python tests/benchmark.py processes              # about five minutes: one process against two of torchrun
+python tests/benchmark.py lightning              # on a GPU: an epoch against the plainest Lightning module
 python tests/benchmark.py pictures               # about five minutes: time and memory a picture
 python tests/benchmark.py pictures --before ../older-checkout        # about two minutes more: also as ratios to it
 """
@@ -244,6 +245,68 @@ def benchmark_processes(args):
         row("  one process / two", f"{extraction[1] / extraction[2]:.2f}", "at least 1.7")
 
 
+# ---------------------------------------------------------------- the loop against the plainest Lightning module
+def benchmark_lightning(args):
+    """Seconds of an epoch, the lowest of the last: train.py's loop (averaged weights included), and Lightning's."""
+    import lightning
+    import timm
+    import torch
+
+    import train
+
+    class Plain(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = timm.create_model(args.backbone, num_classes=1)
+            if args.finetune == "head":
+                self.network.requires_grad_(False)
+                self.network.get_classifier().requires_grad_(True)
+            self.began, self.times = 0, []
+
+        def training_step(self, batch, _):
+            x, y = batch
+            return train.compute_loss(self.network(x), y)
+
+        def validation_step(self, batch, _):
+            x, y = batch
+            self.log("val_loss", train.compute_loss(self.network(x), y))
+
+        def configure_optimizers(self):
+            return torch.optim.Adamax(filter(lambda p: p.requires_grad, self.parameters()), lr=0.001)
+
+        def on_train_epoch_start(self):
+            self.began = time.perf_counter()
+
+        def on_train_epoch_end(self):
+            self.times.append(time.perf_counter() - self.began)
+
+    with tempfile.TemporaryDirectory() as folder:
+        data, runs = Path(folder, "demo"), Path(folder, "runs")
+        script("tests/demo.py", data, "--runs", args.runs)
+        flags = ["--backbone", args.backbone, "--weights", "random", "--finetune", args.finetune, "--data", data]
+        flags += ["--optimizer", "adamax", "--views", 0, "--lr", 0.001, "--augmentation", "none", "--batch-size", 32]
+        flags += ["--epochs", args.epochs, "--image-size", args.image_size, "--workers", args.workers, "--out", runs]
+        script("train.py", *flags)
+        [history] = runs.glob("**/epochs.csv")
+        ours = pd.read_csv(history)["seconds"][1:].min()
+        model = train.Classifier(args.backbone, 1, image_size=args.image_size, finetune=args.finetune)
+        pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
+        pictures["label"] = deeplcms.make_labels(pictures, train.find_classes(pictures))
+        loaders = []
+        for split in ("train", "val"):
+            table = pictures[pictures["split"] == split]
+            dataset = train.Pictures(table, train.to_input(model, recipe))
+            options = {"num_workers": args.workers, "shuffle": split == "train"}
+            loaders.append(torch.utils.data.DataLoader(dataset, 32, **options))
+        plain = Plain()
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        precision = "16-mixed" if train.CUDA else "bf16-mixed" if train.FAST_BFLOAT16 else "32"
+        lightning.Trainer(max_epochs=args.epochs, precision=precision, **quiet).fit(plain, *loaders)
+        what = f"seconds of an epoch of {args.backbone} ({args.finetune}), {args.image_size} pixels, {train.DEVICE}"
+        row(what, f"{ours:.2f}")
+        row("  the plainest Lightning module / train.py", f"{min(plain.times[1:]) / ours:.2f}")
+
+
 # ---------------------------------------------------------------- time and memory a picture
 def answer(args):
     """A process of its own with the code of CHECKOUT: for each task named on stdin its seconds of processor.
@@ -368,6 +431,14 @@ def main():
     command.add_argument("--runs", type=int, default=60, help="of the demo")
     command.add_argument("--repeats", type=int, default=2)
     command.set_defaults(function=benchmark_processes)
+    command = commands.add_parser("lightning", help="the loop against a plain module (needs: pip install lightning)")
+    command.add_argument("--backbone", default="mobileone_s3", help="timm name; its weights are random")
+    command.add_argument("--finetune", choices=["head", "all"], default="all")
+    command.add_argument("--image-size", type=int, default=224)
+    command.add_argument("--runs", type=int, default=300, help="of the demo")
+    command.add_argument("--epochs", type=int, default=4)
+    command.add_argument("--workers", type=int, default=deeplcms.cores())
+    command.set_defaults(function=benchmark_lightning)
     command = commands.add_parser("pictures", help="time and memory a picture")
     command.add_argument("--before", metavar="CHECKOUT", help="an older checkout, for ratios")
     command.set_defaults(function=benchmark_pictures)

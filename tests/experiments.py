@@ -153,7 +153,7 @@ def transfer():
             call(evaluate.main, *members, "--ensemble", "--out", out)
             results.append(judged(out))
         cells += mean_and_range(results, ["accuracy", "ROC AUC"])
-    print(f"| votes: pixels and all trained | {' | '.join(cells)} |")
+    print(f"| ensemble: pixels and all trained | {' | '.join(cells)} |")
     wins()
 
 
@@ -203,7 +203,7 @@ def augmentation():
 
 
 def views():
-    print_table({f"{k} draws of each": (f"pixels-views{k}", [*MODELS["pixels"], "--views", k]) for k in (1, 4, 8, 16)})
+    print_table({f"{k} views of each": (f"pixels-views{k}", [*MODELS["pixels"], "--views", k]) for k in (1, 4, 8, 16)})
 
 
 def rates():
@@ -291,7 +291,7 @@ def ranked(run, data, drift=0.3, most=0.1):
     order = np.argsort(-abs(r))
     hits = found & planted
     right = hits & (up == (r > 0))
-    row = {"AUC of calls, test": f"{deeplcms.roc_auc(exposed[test], p[test]):.3f}"}
+    row = {"AUC of predictions, test": f"{deeplcms.roc_auc(exposed[test], p[test]):.3f}"}
     row |= {name: f"{deeplcms.roc_auc(planted, abs(values)):.3f}" for name, values in aucs.items()}
     row["planted in 10, 24, 50"] = ", ".join(str(planted[order[:n]].sum()) for n in (10, 24, 50))
     row["q < 0.05, planted, in the right direction"] = f"{found.sum()}, {hits.sum()}, {right.sum()}"
@@ -384,7 +384,7 @@ def faithful():
 
 def confounded():
     """70 runs without biology, half of them 3.6 s later: those of the second class, or every other run of both."""
-    print("| Cohort | Later are | Of | AUC of calls, test | Told apart alone by |")
+    print("| Cohort | Later are | Of | AUC of predictions, test | Told apart alone by |")
     print("| --- | --- | --- | --- | --- |")
     for seed in SEEDS:
         for later in ("the exposed", "half of each"):

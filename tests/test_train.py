@@ -154,13 +154,13 @@ def test_every_view_is_a_draw_of_its_own_and_counts_as_a_picture(demo):
 def test_every_kind_of_backbone_gives_a_map_with_place(backbone):
     """Convolutions, tokens and channels-last: what is bright on the right is seen on the right of the map."""
     model = Classifier(backbone, 1, image_size=64 if backbone == "test_resnet" else None).eval()
-    assert [scale for scale in model.scales if scale[0] > 1] == [(8, 14, 14), (16, 14, 14)][backbone == "test_vit" :]
+    assert [scale for scale in model.scales if scale[0] > 1] == [(8, 7, 28), (16, 7, 14)][backbone == "test_vit" :]
     x = torch.zeros(1, 3, model.image_size, model.image_size)
     with torch.no_grad():
         plain = model.pool_maps(x)
         x[..., model.image_size * 7 // 8 :] = 3.0
-        for block, before, (_, grid, _) in zip(model.pool_maps(x), plain, model.scales, strict=True):
-            change = (block - before).abs().unflatten(1, (-1, grid, grid)).mean((0, 1, 2))
+        for block, before, (_, n_rt, n_mz) in zip(model.pool_maps(x), plain, model.scales, strict=True):
+            change = (block - before).abs().unflatten(1, (-1, n_mz, n_rt)).mean((0, 1, 2))
             assert change[-1] > change[0]
         assert model(x).shape == (1, 1)
 
@@ -852,8 +852,8 @@ def test_numbers_that_a_flag_cannot_mean_are_refused(flags, capsys):
 
 
 def test_a_backbone_of_patch_14_has_the_nearest_strides_and_a_size_it_refuses_one_line():
-    assert train.parse_scales(None, [1, 14, 14], "vit") == [(1, 56, 56), (14, 14, 14)]
-    assert train.parse_scales(None, [1, 32], "vit") == [(1, 56, 56), (32, 14, 14)]
+    assert train.parse_scales(None, train.SCALES["head"], [1, 14, 14], "vit") == [(1, 28, 224), (14, 7, 14)]
+    assert train.parse_scales(None, train.SCALES["all"], [1, 32], "vit") == [(1, 56, 56), (32, 14, 14)]
     with pytest.raises(InputError, match="test_vit cannot take pictures of 100 pixels; its own is 160"):
         Classifier("test_vit", 1, image_size=100)
 
@@ -881,3 +881,19 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device: .*best.pt"):
         train.save_checkpoint(tmp_path / "best.pt", {"a": torch.zeros(3)})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_has_cells_of_its_own_number_on_each_axis_and_pixels_are_not_squashed():
+    model = Classifier("pixels", 1, ["1:5x40"])
+    picture = np.zeros((80, 50), np.uint8)  # (m/z, retention time)
+    picture[2:4, 10:20] = 255  # cell 1 of m/z, cell 1 of retention time
+    x = train.make_inputs(model, replace(JET, colormap="gray"), [picture])
+    assert x.shape == (1, 3, 80, 50)
+    [pooled] = model.pool_maps(x)
+    cells = pooled.unflatten(1, (3, 40, 5))[0]
+    assert (cells.argmax().item(), cells[0, 1, 1].item(), cells[0].mean().item()) == (
+        6,
+        1.0,
+        pytest.approx(1 / 100 - 1),
+    )
+    assert Classifier("pixels", 1).scales == [(1, 28, 250)]

@@ -1,10 +1,11 @@
-"""Does a score hold for new samples? 39 GC-MS runs of twelve wines; the table and the figure of .github/WINES.md.
+"""Does a score hold for new samples? 39 GC-MS files of twelve wines; the table and the figure of .github/WINES.md.
 
     git clone https://github.com/kkpsiren/vesi
     python tests/wines.py vesi/chroms2 [--weights FILE] [--out wines]
 
 Reads the sample table off the file names, converts the CDF files once for each way of holding raw files out, trains
-folds, and predicts each raw file by a fold that has not seen it. Finished parts are not repeated.
+folds, and predicts each raw file by a fold that has not seen it. Then it explains the head on several scales, with the
+spots of the mean picture as features. Finished parts are not repeated.
 """
 
 import argparse
@@ -15,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import maximum_filter
 from scipy.special import expit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import convert  # noqa: E402
 import evaluate  # noqa: E402
+import explain  # noqa: E402
 import train  # noqa: E402
-from deeplcms import InputError, compute_metrics, find_pictures, run_script, write_table  # noqa: E402
+from deeplcms import InputError, compute_metrics, find_pictures, read_picture, run_script, write_table  # noqa: E402
 
 NAME = re.compile(r"(?P<day>\d+)_(?P<order>\d+)_(?P<yeast>\w+)_(?P<bacterium>\w+)_(?P<added>seq|coin)_(?P<wine>no\d+)")
 HELD_OUT = {"day": 3, "wine": 6, "pair": 6}  # column of --group-by: number of folds
@@ -83,8 +86,8 @@ def main():
 
     samples = make_samples(folder, "samples.csv")
     rows = []
-    for column, n_folds in {"run": 6, **HELD_OUT}.items():
-        group_by = [] if column == "run" else ["--group-by", column]
+    for column, n_folds in {"file": 6, **HELD_OUT}.items():
+        group_by = [] if column == "file" else ["--group-by", column]
         call(convert.main, folder, "samples.csv", column, "--test", 0, *group_by)
         tables = {model: predict_held_out(column, model, n_folds) for model in MODELS}
         labels = next(iter(tables.values()))["label"]
@@ -97,24 +100,39 @@ def main():
     write_table("wines.csv", table)
     print(table.to_string(index=False, float_format="{:.3f}".format))
 
-    pictures, _ = find_pictures("run")
+    pictures, _ = find_pictures("file")
     known = pictures[["phenotype", "sample_name", "group", *samples.columns.drop(["sample_name", "phenotype"])]]
     print("\nWhat else could tell the phenotypes apart:")
     print(evaluate.find_confounders(known)[0].to_string(float_format="{:.3f}".format))
     draw_leak(table, Path("leak.png"))
 
+    call(train.main, "--data", "pair", "--workers", 0, *MODELS["head on several scales"])
+    write_table("spots.csv", list_spots("pair"))
+    call(explain.main, "runs/pair/tf_efficientnet_lite0/seed2643", "--features", "spots.csv")
+
+
+def list_spots(data):
+    """Retention time and m/z of the local maxima of the mean picture: places where many files have a compound."""
+    pictures, recipe = find_pictures(data)
+    mean = np.mean([read_picture(path) for path in pictures["path"]], axis=0)  # (height, width)
+    is_spot = (mean == maximum_filter(mean, (9, 15))) & (mean > 64)  # a quarter of the levels
+    row, column = np.nonzero(is_spot)
+    height, width = mean.shape
+    rt, mz = recipe.from_fraction((column + 0.5) / width, (row + 0.5) / height)
+    return pd.DataFrame({"rt": rt.round(3), "mz": mz.round(2), "name": "spot"})
+
 
 def draw_leak(table, path):
     """Accuracy by what is held out together, a bar for each model."""
     accuracy = table.pivot(index="held out together", columns="model", values="accuracy")
-    accuracy = accuracy.loc[["run", "day", "wine", "pair"], ["pixels", "head on several scales", "ensemble of both"]]
-    accuracy.index = ["single runs:\nreplicates leak", "a day", "a wine", "a pair of wines"]
-    with train.figure(path, "39 GC-MS runs of twelve wines: replicates in training raise the score", (8, 4.5)) as axes:
+    accuracy = accuracy.loc[["file", "day", "wine", "pair"], ["pixels", "head on several scales", "ensemble of both"]]
+    accuracy.index = ["a file:\nreplicates leak", "a day:\nreplicates leak", "a wine", "a pair of wines"]
+    with train.figure(path, "39 GC-MS files of twelve wines: replicates in training raise the score", (8, 4.5)) as axes:
         accuracy.plot.bar(ax=axes, rot=0, color=["#4c78a8", "#f58518", "#54a24b"], width=0.75)
         for bars in axes.containers:
             axes.bar_label(bars, fmt="%.2f", fontsize=8)
         axes.axhline(21 / 39, color="0.4", linestyle=":", label="always the larger class")
-        axes.set(xlabel="held out together", ylabel="accuracy on held-out runs", ylim=(0.4, 1.1))
+        axes.set(xlabel="held out together", ylabel="accuracy on held-out files", ylim=(0.4, 1.1))
         axes.legend(loc="upper right", ncols=2, fontsize=8, frameon=False)
 
 
