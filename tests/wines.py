@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import maximum_filter
+from scipy.ndimage import center_of_mass, label, maximum_filter
 from scipy.special import expit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +116,8 @@ def list_spots(data):
     pictures, recipe = find_pictures(data)
     mean = np.mean([read_picture(path) for path in pictures["path"]], axis=0)  # (height, width)
     is_spot = (mean == maximum_filter(mean, (9, 15))) & (mean > 64)  # a quarter of the levels
-    row, column = np.nonzero(is_spot)
+    labels, n = label(is_spot, np.ones((3, 3)))  # a plateau of the last level is one spot
+    row, column = np.array(center_of_mass(is_spot, labels, range(1, n + 1))).T
     height, width = mean.shape
     rt, mz = recipe.from_fraction((column + 0.5) / width, (row + 0.5) / height)
     return pd.DataFrame({"rt": rt.round(3), "mz": mz.round(2), "name": "spot"})
