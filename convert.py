@@ -11,6 +11,7 @@ is in OUT_DIR/samples.csv, and the next run of the command tries it again.
 """
 
 import argparse
+import atexit
 import math
 import os
 import random
@@ -302,6 +303,7 @@ def gather(results):
 
     if not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=timedelta(days=10))
+        atexit.register(distributed.destroy_process_group)
     parts = [None] * WORLD
     distributed.all_gather_object(parts, results)
     return {name: result for part in parts for name, result in part.items()}

@@ -1089,6 +1089,7 @@ def test_two_processes_of_torchrun_make_the_folder_of_one(two, tmp_path):
     processes += [ROOT / command[0], *command[1:]]
     done = subprocess.run(list(map(str, processes)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert status == done.returncode == 1
+    assert "terminate" not in done.stderr  # both processes end in order
     assert (
         done.stderr.count("left out: user00.mzML") == 1 and done.stdout.count("11 of 12 files are pictures in two") == 1
     )
