@@ -32,10 +32,11 @@ import pandas as pd
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from deeplcms import NORMALIZE, RANK, SPLITS, STATISTICS, WORLD, Help, InputError, Recipe, clean_title, colours
-from deeplcms import compute_chromatogram, cores, count, find_anomalies, find_raw_files, find_spellings
-from deeplcms import first_difference, first_few, make_histogram, make_picture, read_header, read_json
-from deeplcms import read_table, run_script, whole_file, write_json, write_table
+from deeplcms import NORMALIZE, RANK, SPLITS, STATISTICS, WORLD, Help, InputError, Recipe
+from deeplcms import clean_title, colours, compute_chromatogram, cores, count, find_anomalies
+from deeplcms import find_raw_files, find_spellings, first_difference, first_few, make_histogram
+from deeplcms import make_picture, read_header, read_json, read_table, run_script, whole_file
+from deeplcms import write_json, write_table
 
 NOT_SETTINGS = ("raw_dir", "samples", "out_dir", "workers")  # flags that do not affect pictures
 WRITTEN = ("status", *STATISTICS, "polarity")  # columns that this script adds to samples.csv
@@ -279,9 +280,9 @@ def read_file_state(path):
 def for_each(function, tasks, workers, title):
     """{name: result or exception} of function(*arguments) for each of {name: arguments}.
 
-    Under torchrun the processes take the tasks in turn. A worker that dies (a crash, no memory left)
-    breaks its pool. The unfinished tasks then run one by one, each in a pool of its own, so that only
-    the culprit fails.
+    Under torchrun the processes take the tasks in turn. A worker that dies (a crash, no memory
+    left) breaks its pool. The unfinished tasks then run one by one, each in a pool of its own, so
+    that only the culprit fails.
     """
     tasks = dict(list(tasks.items())[RANK::WORLD])
     results = {}
@@ -289,7 +290,8 @@ def for_each(function, tasks, workers, title):
         for name, result in run_pool(function, tasks, workers):
             results[name] = result
             bar.update(not isinstance(result, BrokenProcessPool))
-        for name in [name for name, result in results.items() if isinstance(result, BrokenProcessPool)]:
+        unfinished = [name for name in results if isinstance(results[name], BrokenProcessPool)]
+        for name in unfinished:
             results |= run_pool(function, {name: tasks[name]}, 1)
             bar.update()
     return gather(results)
