@@ -206,6 +206,17 @@ def views():
     print_table({f"{k} views of each": (f"pixels-views{k}", [*MODELS["pixels"], "--views", k]) for k in (1, 4, 8, 16)})
 
 
+def cells():
+    """Grids of the head: cells in retention time x cells in m/z."""
+    pixels, head = MODELS["pixels"], MODELS["head on several scales"]
+    rows = {"pixels, 56 x 56 of 224 pixels": ("pixels-56-224", [*pixels, "--scales", "1:56", "--image-size", 224])}
+    for grid in ("56", "28x112", "28x250", "14x250", "14x112"):
+        rows[f"pixels, {grid}"] = f"pixels-{grid}", [*pixels, "--scales", f"1:{grid}"]
+    for scales in ("1:56 8:14 16:14", "1:28x224 8:7x28 16:7x14", "1:14x224 8:7x28 16:7x14"):
+        rows[f"head, {scales}"] = f"head-{scales.partition(' ')[0][2:]}", [*head, "--scales", *scales.split()]
+    print_table(rows)
+
+
 def rates():
     rows = {f"all trained, {lr}": (f"whole-lr{lr}", [*LITE, *SMALL[:4], "--lr", lr]) for lr in (0.003, 0.03, "auto")}
     rows["all trained, 0.01"] = name_of("all trained"), MODELS["all trained"]
@@ -563,6 +574,7 @@ if __name__ == "__main__":
         normalize,
         augmentation,
         views,
+        cells,
         rates,
         votes,
         shuffled,

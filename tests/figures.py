@@ -1,8 +1,8 @@
-"""Two figures for the README, of one run: how it becomes a picture, and what the augmentations make of that.
+"""Two figures of one raw file: how it becomes a picture (README), and views of that picture (EXPERIMENTS).
 
-    python tests/figures.py RUN.mzML [FOLDER]
+    python tests/figures.py FILE.mzML [FOLDER]
 
-Writes run_to_picture.png (the steps of `deeplcms.picture_of_run`) and augmentation.png.
+Writes run_to_picture.png (the steps of `deeplcms.make_picture`) and augmentation.png.
 """
 
 import sys
@@ -57,7 +57,7 @@ def draw_steps(run, box, path):
 
 
 def draw_augmentation(run, box, path):
-    """One picture, and three draws of it by each augmentation."""
+    """One picture, and three views of it by each augmentation."""
     recipe, shown = deeplcms.Recipe(*box), {"physical": "what an instrument does", "article": "what a camera does"}
     picture, _ = deeplcms.make_picture(run, recipe)
     figure, axes = plt.subplots(2, 4, figsize=(14, 7), sharex=True, sharey=True, layout="constrained")
