@@ -57,7 +57,7 @@ def convert(args):
     fields = {name: value for name, value in settings.items() if name in Recipe.__annotations__}
     recipe = Recipe(*axes, **fields | {"bins": tuple(args.bins)})
 
-    for leftover in out_dir.glob("*/*/.*.tmp.png"):  # of a killed command
+    for leftover in out_dir.glob("*/*/.*.tmp.png"):  # a killed command left it
         leftover.unlink()
     statistics, tasks = {}, {}
     for row in present.itertuples():

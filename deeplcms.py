@@ -238,7 +238,7 @@ def load_experiment(path):
         try:
             with open_unpacked(path) as file:
                 expat.ParserCreate().ParseFile(file)
-        except Exception as error:  # of expat, gzip or bz2
+        except Exception as error:  # expat, gzip or bz2 raises it
             reason = f"damaged, cut off, or in another encoding than declared? {first_line(error)}"
         raise InputError(f"{path.name}: cannot be parsed as mzML or mzXML; {reason}") from None
     return experiment
@@ -259,7 +259,7 @@ def read_netcdf(path, polarities):
         if np.any((starts < 0) | (counts < 0) | (ends > min(len(mz), len(intensity)))):
             raise ValueError("scan_index and point_count point outside the peaks")
         scans = list(zip(seconds / 60, starts.astype(int), ends.astype(int), strict=True))
-    except Exception as error:  # of scipy, gzip or bz2
+    except Exception as error:  # scipy, gzip or bz2 raises it
         reason = f"damaged, cut off, or another format? {type(error).__name__}: {first_line(error)}"
         raise InputError(f"{path.name}: cannot be read as ANDI-MS (netCDF 3); {reason}") from None
 
@@ -387,7 +387,7 @@ def find_pictures(data_dir, splits=None):
     data_dir = Path(data_dir)
     if not (data_dir / "samples.csv").is_file():
         raise InputError(f"{data_dir}: no such data set (--data), or unfinished: run convert.py again")
-    found = {split: sorted(data_dir.glob(f"{split}/[!.]*/[!.]*.png")) for split in SPLITS}
+    found = {split: sorted(data_dir.glob(f"{split}/[!.]*/[!.]*.png")) for split in splits or SPLITS}
     saved = ("sample_name", "chromatogram", "digest", *STATISTICS, "polarity")
     rows, expected = [], None
     for split in splits or list(filter(found.get, SPLITS)) or SPLITS:

@@ -31,8 +31,8 @@ from deeplcms import share, summarize_cohort, to_probabilities, write_json, writ
 from train import figure, find_kept_epoch, find_run, find_runs, load_run, make_inputs, predict
 from train import progress, score_epoch, split_metrics
 
-MIN_GROUPS = 10  # of each class, for an interval
-RESAMPLES = 2000  # of the bootstrap
+MIN_GROUPS = 10  # an interval needs so many groups of each class
+RESAMPLES = 2000  # the bootstrap draws so many
 SEED = 2643
 COMPARED = ["val_loss", "val_accuracy", "val_f1", "val_precision", "val_recall"]  # Tables 1 and 2
 NUMBERS = {"float_format": "{:.3f}".format, "na_rep": "undefined"}  # in printed tables
@@ -125,6 +125,7 @@ def load_ensemble(runs):
     for run, checkpoint in zip(runs, checkpoints, strict=True):
         config = checkpoint["config"]
         print(f"run {run}, epoch {checkpoint['epoch']}")
+        check_recipe(checkpoint["recipe"], checkpoints[0]["recipe"], run)
         if config["classes"] != first["classes"]:
             raise InputError(f"{run}: its classes, or their order, differ from those of {runs[0]}")
         if config["settings"]["pictures"] != first["settings"]["pictures"]:
@@ -629,11 +630,12 @@ def predict_command(runs, args):
     """Predict files, print the table and write it to --out; exit status 1 if a file is unreadable."""
     if args.out and Path(args.out).exists():
         raise InputError(f"--out {args.out} exists already; choose another name")
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise InputError(f"--out {args.out}: no such folder")
     files = list_files(args.predict)
     table = predict_files(runs, files, args.threshold)
     print(table.to_string(index=False, float_format="{:.4f}".format))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_table(args.out, table)
     return int(len(table) < len(files))
 

@@ -58,6 +58,7 @@ def explain(args):
     if class_name not in classes:
         raise InputError(f"--class {class_name}: the classes are {', '.join(classes)}")
     k = classes.index(class_name)
+    layers = choose_layers(model, args.layers)
     title = make_title([checkpoint], f"{config['data_set']}, class '{class_name}'")
     print(title)
     data = args.data or config["data"]
@@ -75,7 +76,6 @@ def explain(args):
     out.mkdir(parents=True, exist_ok=True)
 
     # CAMs of a few pictures
-    layers = choose_layers(model, args.layers)
     make_cams = partial(compute_cams, model, layers, recipe, k=k)
     shown = pick_in_turn(table, args.n)
     try:
@@ -83,7 +83,7 @@ def explain(args):
         place = ", ".join(layers).replace("taps.0", "the finest map of the head")
         draw_cam_grid(out / "cam_grid.png", shown, pictures, cams, recipe, f"LayerCAM at {place}; {title}")
     except InputError as error:  # the ranking needs no CAM
-        if args.layers:
+        if args.layers or (layers and features is None):
             raise
         print(f"no cam_grid.png: {error}")
 
@@ -122,16 +122,22 @@ def rank_by_evidence(features, table, pictures, recipe, tolerance, make_cams):
 # ---------------------------------------------------------------- CAMs
 def choose_layers(model, names=None):
     """Layers of the backbone with these names, or else the finest map that the head sees."""
+    modules = dict(model.backbone.named_modules())
+    stages = getattr(model.backbone, "feature_info", [])
+    for name in names or []:
+        if name not in modules:
+            known = ", ".join(stage["module"] for stage in stages if stage["module"] in modules)
+            listed = f"those that timm lists: {known or 'none'}"
+            raise InputError(f"--layers {name}: no layer of this backbone; {listed}")
     if names:
         return [f"backbone.{name}" for name in names]
     if not model.map_indices:
         return []  # the head sees the picture alone
-    stages = model.backbone.feature_info
     # The last map is off by up to 7 % of the axis. The last layer of stride 4 replaces it.
     if stages[model.map_indices[0]]["reduction"] == stages[-1]["reduction"]:
         stride = max(4, stages[0]["reduction"])
         name = [stage["module"] for stage in stages if stage["reduction"] <= stride][-1]
-        module = dict(model.backbone.named_modules()).get(name)
+        module = modules.get(name)
         if module and not isinstance(module, nn.ModuleList):  # a list has no output
             return [f"backbone.{name}"]
     return ["taps.0"]
@@ -161,8 +167,10 @@ def compute_cams(model, layers, recipe, pictures, k):
 def to_channels_first(y, backbone):
     """Tokens (N, L, C) of a ViT or maps (N, H, W, C) of a Swin -> (N, C, H, W)."""
     if y.ndim == 3:
-        side = math.isqrt(y.shape[1])  # inputs are square
-        return y[:, -(side**2) :].mT.unflatten(2, (side, side))  # class tokens come first
+        square = (math.isqrt(y.shape[1]),) * 2
+        grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or square
+        tokens = y[:, -math.prod(grid) :]  # class and register tokens come first
+        return tokens.mT.unflatten(2, grid)
     if getattr(backbone, "output_fmt", "") == "NHWC":
         return y.permute(0, 3, 1, 2)
     return y
@@ -278,13 +286,13 @@ def read_features(path, recipe, query=None):
     if not (rt and mz):
         usual = "retention time ('Average Rt(min)', 'rt') and m/z ('Average Mz', 'mz')"
         raise InputError(f"{path}: no columns of {usual}; found: {', '.join(table.columns[:20])}")
-    table["rt"] = pd.to_numeric(table[rt], errors="coerce")
-    table["mz"] = pd.to_numeric(table[mz], errors="coerce")
+    for kind, title in (("rt", rt), ("mz", mz)):
+        values = pd.to_numeric(table[title], errors="coerce")
+        if values.isna().any():
+            row = values.isna().argmax()
+            raise InputError(f"{path}, row {row + header + 2}: {title} {table[title][row]} is not a number")
+        table[kind] = values
     table["name"] = table[name].astype("string").fillna("") if name else ""
-    missing = table[["rt", "mz"]].isna().any(axis=1)
-    if missing.any():
-        row = missing.argmax() + header + 2
-        raise InputError(f"{path}, row {row}: {rt} and {mz} must be numbers")
     for tag in table.filter(like="annotation_tag"):
         table[tag] = table[tag].astype(str).str.removesuffix(".0")  # so that == '430' works
     if query:

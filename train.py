@@ -101,8 +101,8 @@ AUGMENTATION = {
 # Default inputs of the head, STRIDE:GRID. Stride 1 is the picture; a grid N has N x N cells.
 SCALES = {
     "pixels": ["1:28x250"],
-    "head": ["1:28x224", "8:7x28", "16:7x14"],  # of a frozen backbone
-    "all": ["1:56", "8:14", "16:14"],
+    "head": ["1:28x224", "8:7x28", "16:7x14"],  # the backbone is frozen
+    "all": ["1:56", "8:14", "16:14"],  # the whole network is trained
 }
 L2 = 1e-6  # weight of the L2 penalty of logistic regression
 HEAD_FOLDS = 5  # folds of its cross-validation
@@ -114,7 +114,7 @@ SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}  # flags
 NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "data", "name", "out", "demo")
 # Settings of `fit` that `fit_head` does not use.
 LOOP_SETTINGS = ("epochs", "patience", "batch_size", "lr", "scheduler", "weight_decay", "amp")
-CHANNELS = 3  # of an input: red, green and blue of the colormap
+CHANNELS = 3  # an input has red, green and blue of the colormap
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -147,7 +147,7 @@ def fit(model, loaders, settings, run=None, on_epoch=lambda row: None):
     if to_the_end:
         say(f"all {settings.epochs} epochs are trained and the last is kept (a lower --patience: the best)")
 
-    network = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
+    network = distribute(model)
     window = max(3, settings.epochs // 10)
     averaged = AveragedModel(model, avg_fn=lambda mean, new, n: mean + (new - mean) / (n + 1).clamp(max=window))
     optimizer, scaler = make_optimizer(model, settings, lr)
@@ -237,6 +237,12 @@ def make_optimizer(model, settings, lr):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[settings.optimizer](trainable, lr=lr, weight_decay=settings.weight_decay)
     return optimizer, torch.amp.GradScaler(DEVICE.type, enabled=settings.amp and CUDA)
+
+
+def distribute(model):
+    """The model, or under torchrun one that averages its gradients over the processes."""
+    # The head does not use all layers of a backbone.
+    return DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
 
 
 @torch.inference_mode()
@@ -816,7 +822,7 @@ def find_lr(model, loaders, settings, run=None):
     before = copy_weights(model)
     epochs = (draw_batches(loader, epoch, settings) for epoch in itertools.count(1))
     batches = list(itertools.islice(itertools.chain.from_iterable(epochs), n_steps))
-    network = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
+    network = distribute(model)
     rows = []
     for lr in progress(np.logspace(-5, 0, 21), "learning-rate range test"):
         model.load_state_dict(before, strict=False)
@@ -907,10 +913,11 @@ def train_once(args, pictures, classes, recipe):
 
     best = find_kept_epoch(history)
     model.load_state_dict(best_weights, strict=False)
-    write_table(run / "epochs.csv", pd.DataFrame(history))
     if settings.fold is not None:
         write_held_out(run, model, table, recipe, settings.fold)
-    if not by_regression:
+    if by_regression:  # `fit` writes it after each epoch
+        write_table(run / "epochs.csv", pd.DataFrame(history))
+    else:
         control = ", shuffled labels" * settings.shuffle_labels
         draw_curves(run, history, f"{settings.backbone}, {settings.weights}{control}")
     chromatogram, cohort = summarize_cohort(originals, recipe)

@@ -395,10 +395,11 @@ def altered(source, folder, change):
     return folder
 
 
-def test_an_ensemble_needs_the_same_data_set_and_classes(two, tmp_path):
+def test_an_ensemble_needs_the_same_data_set_axes_and_classes(two, tmp_path):
     data, folder = two
     for name, change, words in (
         ("classes", lambda c: c["config"]["classes"].reverse(), "its classes, or their order, differ"),
+        ("axes", lambda c: c["recipe"].update(rt_max="12.0"), "another kind of picture than the others"),
         ("data", lambda c: c["config"]["settings"].update(pictures=1), "its data set, or its split, differs"),
     ):
         other = altered(folder, tmp_path / name, change)
@@ -406,6 +407,13 @@ def test_an_ensemble_needs_the_same_data_set_and_classes(two, tmp_path):
             status, line = run("evaluate.py", folder, other, *flags, "--out", "out", cwd=tmp_path)
             assert status == 1 and f"{other}: {words}" in line and "\n" not in line
             assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_missing_is_refused_before_the_files_are_read(two, tmp_path):
+    missing = tmp_path / "nowhere/new.csv"
+    raw_file = two[0].parent / "raw/user00.mzML"
+    status, line = run("evaluate.py", two[1], "--predict", raw_file, "--out", missing, cwd=tmp_path)
+    assert status == 1 and f"--out {missing}: no such folder" in line and not missing.parent.exists()
 
 
 def test_a_caution_about_one_run_is_in_the_title_of_the_ensemble(two, tmp_path, capsys):

@@ -324,7 +324,7 @@ def test_a_raw_file_is_explained_like_its_picture_and_other_axes_are_refused(two
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [
-        ("--layers layer_1", "no CAM at backbone.layer_1 (unknown `target_layer` names: ['backbone.layer_1'], closest"),
+        ("--layers layer_1", "no layer of this backbone; those that timm lists: act1, layer1, layer2"),
         ("--class nobody", "--class nobody: the classes are non-user, user"),
         ("--input nowhere.mzML", "nowhere.mzML"),
         ("--query average_rt<5", "--query 'average_rt<5': name 'average_rt' is not defined (columns: alignment_id"),
@@ -355,7 +355,7 @@ def test_peak_lists_and_short_tables_are_read(tmp_path):
     table = explain.read_features(path, RECIPE)
     assert (table.rt[0], table.mz[0], table.name[0]) == (2.1, 195.0877, "caffeine")
     path.write_text("rt,mz,name\n1,2,a\nx,2,b\n")
-    with pytest.raises(InputError, match="row 3: rt and mz must be numbers"):
+    with pytest.raises(InputError, match="row 3: rt x is not a number"):
         explain.read_features(path, RECIPE)
 
 
@@ -435,9 +435,16 @@ def test_queries_of_the_article_select_features(tmp_path, query, rows):
 
 
 def test_tokens_and_channels_last_maps_become_channels_first():
-    map_ = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).float()
+    class Tokens:
+        num_prefix_tokens = 1
+        patch_embed = type("PatchEmbed", (), {"grid_size": (4, 5)})
+
+    map_ = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).float()
     tokens = torch.cat([torch.zeros(2, 1, 3), map_.flatten(2).transpose(1, 2)], 1)
-    assert torch.equal(explain.to_channels_first(tokens, nn.Identity()), map_)
+    assert torch.equal(explain.to_channels_first(tokens, Tokens), map_)
+    square = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).float()
+    tokens = torch.cat([torch.zeros(2, 1, 3), square.flatten(2).transpose(1, 2)], 1)
+    assert torch.equal(explain.to_channels_first(tokens, nn.Identity()), square)
     swin = nn.Identity()
     swin.output_fmt = "NHWC"
     assert torch.equal(explain.to_channels_first(map_.permute(0, 2, 3, 1), swin), map_)

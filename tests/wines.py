@@ -75,7 +75,7 @@ def compute_scores(labels, probability):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder of the CDF files")
-    parser.add_argument("--weights", metavar="FILE", help="of tf_efficientnet_lite0 (default: from the Hub)")
+    parser.add_argument("--weights", metavar="FILE", help="weights for tf_efficientnet_lite0 (default: from the Hub)")
     parser.add_argument("--out", default="wines", help="folder for pictures, runs, table and figure")
     args = parser.parse_args()
     folder = Path(args.folder).resolve()
