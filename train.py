@@ -871,7 +871,7 @@ def suggest_lr(curve, frozen):
 # ---------------------------------------------------------------- one training
 def train_once(args, pictures, classes, recipe):
     """One training, from pictures to best.pt; returns the run folder."""
-    model, settings = resolve_settings(args, pictures, recipe)
+    model, settings, table = resolve_settings(args, pictures, recipe)
     run = run_folder(settings)
     if (run / "config.json").exists():
         before = read_json(run / "config.json")["settings"]
@@ -881,7 +881,6 @@ def train_once(args, pictures, classes, recipe):
     if (run / "best.pt").exists():
         say(f"{run} is finished")
         return run
-    table = make_training_table(pictures, settings)
     by_regression = settings.optimizer == "lbfgs"
     fitted = table[table["split"].isin(["train", "val"] if by_regression else ["train"])]
     validated = fitted if by_regression else table[table["split"] == "val"]
@@ -907,7 +906,7 @@ def train_once(args, pictures, classes, recipe):
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", config)
         draw_transformed(run, originals, model, recipe, settings)
-    history, best_weights = learn(model, settings, pictures, recipe, run)
+    history, best_weights = learn(model, settings, table, pictures, recipe, run)
     if RANK > 0:
         return run
 
@@ -944,9 +943,8 @@ def train_once(args, pictures, classes, recipe):
     return run
 
 
-def learn(model, settings, pictures, recipe, run=None, on_epoch=lambda row: None):
+def learn(model, settings, table, pictures, recipe, run=None, on_epoch=lambda row: None):
     """Train by `fit` or `fit_head`; returns (history, weights of the kept epoch) on rank 0."""
-    table = make_training_table(pictures, settings)
     cache = cache_features(model, pictures, recipe, settings) if settings.views else None
     if settings.optimizer != "lbfgs":
         return fit(model, make_loaders(model, table, recipe, settings, cache), settings, run, on_epoch)
@@ -956,12 +954,13 @@ def learn(model, settings, pictures, recipe, run=None, on_epoch=lambda row: None
 
 
 def resolve_settings(args, pictures, recipe):
-    """(model, settings) of a training: every flag has its final value for this model and data.
+    """(model, settings, table) of a training: each flag has its final value for this model and data.
 
     config.json saves the settings. They identify cached features and decide if trainings are equal.
     """
     n_outputs = len(set(pictures["phenotype"]))
     model, origin = build_model(args, 1 if n_outputs == 2 else n_outputs)
+    table = make_training_table(pictures, args)
     settings = fill_augmentation(args)
     settings.pictures = digest_pictures(pictures, recipe)
     settings.weights = origin
@@ -977,8 +976,8 @@ def resolve_settings(args, pictures, recipe):
         raise InputError("--views and --optimizer lbfgs need --finetune head; lbfgs also needs --views")
     if settings.optimizer == "lbfgs":
         vars(settings).update(dict.fromkeys(LOOP_SETTINGS))
-        return model, settings
-    n_train = (make_training_table(pictures, args)["split"] == "train").sum()
+        return model, settings, table
+    n_train = (table["split"] == "train").sum()
     if args.batch_size == "auto":
         settings.batch_size = 8 if n_train < 1000 else 32
     if args.epochs == "auto":  # aim at 400 steps
@@ -988,7 +987,7 @@ def resolve_settings(args, pictures, recipe):
         settings.patience = max(10, settings.epochs // 4)
         if args.scheduler == "cosine":  # its last epoch was as good as the best one (EXPERIMENTS)
             settings.patience = settings.epochs
-    return model, settings
+    return model, settings, table
 
 
 def fill_augmentation(args):
@@ -1112,7 +1111,8 @@ def tune(args, pictures, recipe):
     def objective(trial):
         chosen = {name: trial.suggest_categorical(name, values) for name, values in SEARCH.items()}
         say(f"trial {trial.number}: {chosen}")
-        model, settings = resolve_settings(argparse.Namespace(**vars(args) | chosen), pictures, recipe)
+        arguments = argparse.Namespace(**vars(args) | chosen)
+        model, settings, table = resolve_settings(arguments, pictures, recipe)
 
         def prune(row):
             trial.report(score_epoch(row), row["epoch"])
@@ -1120,7 +1120,7 @@ def tune(args, pictures, recipe):
                 raise optuna.TrialPruned
 
         try:
-            history, _ = learn(model, settings, pictures, recipe, on_epoch=prune)
+            history, _ = learn(model, settings, table, pictures, recipe, on_epoch=prune)
         except InputError as error:
             say(f"trial {trial.number} is given up: {error}")
             raise optuna.TrialPruned from None  # a FAILED trial would never be counted
@@ -1196,12 +1196,8 @@ def make_parser():
     add("--weight-decay", type=float, default=2e-5, help="L2 penalty (adamw: decoupled)")
     add("--amp", action=argparse.BooleanOptionalAction, default=CUDA or FAST_BFLOAT16, help="mixed precision")
     add = parser.add_argument_group("training pictures").add_argument
-    add(
-        "--augmentation",
-        choices=list(AUGMENTATION),
-        default="physical",
-        help="preset: physical varies as instruments do",
-    )
+    presets = "preset: physical varies as instruments do"
+    add("--augmentation", choices=list(AUGMENTATION), default="physical", help=presets)
     add("--warp", type=float, metavar="PERCENT", help="retention shift (default: the preset's)")
     views = "frozen backbone: cache K augmented views per picture; 0: augment every epoch"
     add("--views", type=or_auto(int), default="auto", metavar="K", help=views)

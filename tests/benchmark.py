@@ -169,7 +169,7 @@ def benchmark_views(args):
         print(f"{args.backbone}, {args.image_size} x {args.image_size}, {n_train} training pictures\n")
         classes = train.find_classes(pictures)
         pictures["label"] = deeplcms.make_labels(pictures, classes)
-        model, settings = train.resolve_settings(settings, pictures, recipe)
+        model, settings, _ = train.resolve_settings(settings, pictures, recipe)
         extraction = seconds(train.cache_features, model, pictures, recipe, settings)
         fast = timm.utils.reparameterize_model(model).to(memory_format=torch.channels_last).eval()
         batch = torch.rand(32, 3, model.image_size, model.image_size, device=train.DEVICE)

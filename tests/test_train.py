@@ -297,9 +297,8 @@ def prepared(data, flags):
     """(loaders, model, settings, pictures, recipe) of one training with these flags."""
     [args] = train.expand_trainings(train.parse_arguments(list(map(str, flags))))
     pictures, recipe = labelled(data, "train", "val")
-    model, settings = train.resolve_settings(args, pictures, recipe)
+    model, settings, table = train.resolve_settings(args, pictures, recipe)
     cache = train.cache_features(model, pictures, recipe, settings) if settings.views else None
-    table = train.make_training_table(pictures, settings)
     return train.make_loaders(model, table, recipe, settings, cache), model, settings, pictures, recipe
 
 
