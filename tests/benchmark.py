@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+from PIL import Image, PngImagePlugin
 
 ROOT = Path(os.environ.get("CHECKOUT", Path(__file__).resolve().parents[1]))  # whose code is measured, see `answer`
 sys.path.insert(0, str(ROOT))
@@ -319,17 +320,21 @@ def answer(args):
 
     torch.set_num_threads(1)
     folder, recipe = Path(args.arguments[0]), deeplcms.Recipe(0.0, 10.0, 100.0, 900.0)
-    links = folder / "test" / "a"
-    links.mkdir(parents=True)
     pngs = [(folder / f"{i}.png", (i, 0)) for i in range(9, -1, -1)]
+    (folder / "test" / "a").mkdir(parents=True)
     convert.write_pictures(folder.with_name("demo.mzML"), pngs, recipe)
-    for i in range(10_000):
-        (links / f"{i}.png").hardlink_to(folder / f"{i % 10}.png")
-    (folder / "samples.csv").write_text("sample_name,phenotype,split,group\n0,a,test,0\n")
+    image = Image.open(pngs[-1][0])
+    samples = [f"{i},a,test,{i},ok" for i in range(10_000)]
+    (folder / "samples.csv").write_text("\n".join(["sample_name,phenotype,split,group,status", *samples]))
+    for i in range(len(samples)):
+        text = PngImagePlugin.PngInfo()
+        for name, value in (image.info | {"sample_name": f"{i}"}).items():
+            text.add_text(name, value)
+        image.save(folder / "test" / "a" / f"{i}.png", pnginfo=text, compress_level=1)
     network = SimpleNamespace(image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
     settings = train.parse_arguments(["--backbone", "pixels", "--data", str(folder), "--augmentation", "physical"])
     settings = train.fill_augmentation(settings)
-    table = pd.DataFrame({"path": list(links.iterdir())[:50], "label": 0})
+    table = pd.DataFrame({"path": [png for png, _ in pngs] * 5, "label": 0})
     pictures = train.Pictures(table, train.training_transform(network, recipe, settings))
     copies = [(png.with_suffix(".copy.png"), shift) for png, shift in pngs]
     tasks = {
@@ -384,15 +389,19 @@ def benchmark_memory(folder):
     """Peak memory of explain.py and evaluate.py on two data sets, and what a picture or run more adds."""
     data = folder / "demo"
     script("tests/demo.py", data, "--runs", 40, "--bins", 500)
-    originals = list(deeplcms.find_pictures(data)[0].itertuples())
-    for n in (200, 400, 600, 1200):  # links to the same ones
+    rt_min, rt_max, mz_min, mz_max = deeplcms.read_json(data / "settings.json")["axes"]
+    axes = ["--rt-range", rt_min, rt_max, "--mz-range", mz_min, mz_max]
+    originals = list(deeplcms.find_pictures(data, ("test",))[0].itertuples())
+    for n in (200, 400, 600, 1200):  # the same files under other names
+        raw = folder / f"{n}"
+        raw.mkdir()
+        samples = ["sample_name,phenotype,split"]
         for i in range(n):
             original = originals[i % len(originals)]
-            png = folder / str(n) / "test" / original.phenotype / f"{i}.png"
-            png.parent.mkdir(parents=True, exist_ok=True)
-            png.hardlink_to(original.path)
-            (folder / str(n) / f"{i}.mzML").hardlink_to(data / "raw" / f"{original.sample_name}.mzML")
-        shutil.copy(data / "samples.csv", folder / str(n))
+            samples.append(f"{i},{original.phenotype},test")
+            (raw / f"{i}.mzML").hardlink_to(data / "raw" / f"{original.sample_name}.mzML")
+        (folder / "samples.csv").write_text("\n".join(samples))
+        script("convert.py", raw, folder / "samples.csv", folder / f"{n}-pictures", "--bins", 500, *axes)
     for backbone, more in (("pixels", []), ("test_resnet", ["--weights", "random", "--finetune", "head"])):
         where = ["--data", data, "--out", folder, "--name", "runs"]
         script("train.py", "--backbone", backbone, "--views", 1, *where, *more)
@@ -400,7 +409,8 @@ def benchmark_memory(folder):
         explain = ["explain.py", run, "--features", data / "features.csv", "--split", "test", "--data"]
         evaluate, predict = (["evaluate.py", run, flag] for flag in ("--data", "--predict"))
         for sizes, command in (((600, 1200), explain), ((200, 400), evaluate), ((200, 400), predict)):
-            few, many = (float(script(__file__, "weigh", *command, folder / str(n))) for n in sizes)
+            kind = "" if command == predict else "-pictures"
+            few, many = (float(script(__file__, "weigh", *command, folder / f"{n}{kind}")) for n in sizes)
             slope = (many - few) / (sizes[1] - sizes[0])
             what = f"{command[0]} {command[-1]} {backbone}, {sizes[0]} and {sizes[1]}: {few:.0f} and {many:.0f} MB"
             row(f"{what}; one more", f"{slope:.2f} MB", "at most 1 MB")
