@@ -1,12 +1,12 @@
-"""Speed and memory, as ratios measured in one run, so that they mean the same on any machine.
+"""Measure speed and memory. Most figures are ratios within one call, so machines can be compared.
 
-python tests/benchmark.py convert                # about five minutes: a run of 140 MB, converted several times
-python tests/benchmark.py views                  # about five minutes: fresh views against stored features
+python tests/benchmark.py convert    # five minutes: convert a raw file of 140 MB several times
+python tests/benchmark.py views      # five minutes: fresh views and cached features
 python tests/benchmark.py views --backbone mobileone_s3 --image-size 128
-python tests/benchmark.py processes              # about five minutes: one process against two of torchrun
-python tests/benchmark.py lightning              # on a GPU: an epoch against the plainest Lightning module
-python tests/benchmark.py pictures               # about five minutes: time and memory a picture
-python tests/benchmark.py pictures --before ../older-checkout        # about two minutes more: also as ratios to it
+python tests/benchmark.py processes  # five minutes: one process and two processes of torchrun
+python tests/benchmark.py lightning  # on a GPU: an epoch of train.py and of a minimal Lightning module
+python tests/benchmark.py pictures   # five minutes: time and memory per picture
+python tests/benchmark.py pictures --before ../older-checkout  # seven minutes: also ratios to that code
 """
 
 import argparse
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, PngImagePlugin
 
-ROOT = Path(os.environ.get("CHECKOUT", Path(__file__).resolve().parents[1]))  # whose code is measured, see `answer`
+ROOT = Path(os.environ.get("CHECKOUT", Path(__file__).resolve().parents[1]))  # the measured code, see `answer`
 sys.path.insert(0, str(ROOT))
 import convert  # noqa: E402
 import deeplcms  # noqa: E402
@@ -41,28 +41,28 @@ def seconds(function, *arguments, clock=time.perf_counter):
 
 
 def peak_memory():
-    """Of this process, in MB (Linux; ru_maxrss would be inherited)."""
+    """Peak memory of this process in MB (Linux only; ru_maxrss would be inherited)."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def script(*command):
-    """Run a script of the project as a user does; returns the last line that it printed."""
+    """Run a script of the project as a user does; returns the last printed line."""
     done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout.strip().rpartition("\n")[2]
 
 
-def row(what, figure, target=""):
-    print(f"{what:<80} {figure:>12}  {target}", flush=True)
+def row(title, figure, target=""):
+    print(f"{title:<80} {figure:>12}  {target}", flush=True)
 
 
 # ---------------------------------------------------------------- convert
 
 
-def write_run(path, n_scans, n_peaks=4000):
-    """A centroided run: zlib, m/z in 64 bits, intensity in 32; 2,400 scans make about 140 MB."""
-    from demo import write_mzml  # not at the top: it takes the present code
+def write_raw_file(path, n_scans, n_peaks=4000):
+    """Write a centroided mzML file: zlib, 64-bit m/z, 32-bit intensity; 2,400 scans are about 140 MB."""
+    from demo import write_mzml  # not at the top, as it imports the present code
 
     rng = np.random.default_rng(0)
     masses = (np.sort(rng.uniform(100, 1200, n_peaks)) for _ in range(n_scans))
@@ -70,7 +70,7 @@ def write_run(path, n_scans, n_peaks=4000):
 
 
 def load(path):
-    """What pyopenms needs to read the file, MS1 only: the yardstick of everything else."""
+    """Load the MS1 scans of a file with pyopenms: the reference for all other times."""
     import pyopenms
 
     options, handler, experiment = pyopenms.PeakFileOptions(), pyopenms.FileHandler(), pyopenms.MSExperiment()
@@ -81,7 +81,7 @@ def load(path):
 
 
 def article_recipe(path, png, n_bins=500):
-    """The recipe as the article's text describes it: flat peak arrays, histogram2d, a figure saved at 300 dpi."""
+    """Make a picture as the article's text describes it: flat arrays, histogram2d, a figure at 300 dpi."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from scipy.ndimage import gaussian_filter
@@ -103,8 +103,8 @@ def article_recipe(path, png, n_bins=500):
     figure.savefig(png, dpi=300)
 
 
-def convert_and_weigh(path, png):
-    """In a worker: convert one run; returns the worker's peak memory."""
+def convert_and_measure_memory(path, png):
+    """Convert one file in a worker process; returns the peak memory of the worker."""
     convert.write_pictures(path, [(png, (0, 0))], RECIPE)
     return peak_memory()
 
@@ -113,21 +113,25 @@ def benchmark_convert(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         path, png = folder / "run0.mzML", folder / "run.png"
-        write_run(path, args.scans)
+        write_raw_file(path, args.scans)
         print(f"{path.stat().st_size / 1e6:.0f} MB, {args.scans} scans; median of {args.repeats} repeats\n")
-        article_recipe(path, png)  # imports and page cache
+        article_recipe(path, png)  # warm up imports and the page cache
         convert.write_pictures(path, [(png, (0, 0))], RECIPE)
 
         times = {name: [] for name in ("load", "conversion", "article")}
-        for _ in range(args.repeats):  # interleaved, so that a busy moment hits all of them
+        for _ in range(args.repeats):  # interleaved, so that a busy moment affects all of them
             times["load"].append(seconds(load, path))
             times["conversion"].append(seconds(convert.write_pictures, path, [(png, (0, 0))], RECIPE))
             times["article"].append(seconds(article_recipe, path, png))
         cost = {name: median(values) for name, values in times.items()}
-        row("one conversion / pyopenms' load of the file", f"{cost['conversion'] / cost['load']:.2f}", "at most 1.35")
+        row(
+            "one conversion / loading the file with pyopenms",
+            f"{cost['conversion'] / cost['load']:.2f}",
+            "at most 1.35",
+        )
         row("the article's recipe / one conversion", f"{cost['article'] / cost['conversion']:.2f}", "at least 2.5")
 
-        memory = convert.for_each(convert_and_weigh, {"run": (path, png)}, 1, "one worker")["run"]
+        memory = convert.for_each(convert_and_measure_memory, {"run": (path, png)}, 1, "one worker")["run"]
         row("peak memory of one worker", f"{memory:.0f} MB", "at most 400 MB")
 
         n = 2 * args.repeats
@@ -137,11 +141,11 @@ def benchmark_convert(args):
         tasks = {run.name: (run, [(run.with_suffix(".png"), (0, 0))], RECIPE) for run in runs}
         both = seconds(lambda: convert.for_each(convert.write_pictures, tasks, 2, "two workers"))
         serial = sum(seconds(article_recipe, run, png) for run in runs)
-        what = f"the article's recipe / conversion by two workers, start included, {n} files"
-        row(what, f"{serial / both:.2f}", "at least 3")
+        title = f"the article's recipe / conversion by two workers with their start, {n} files"
+        row(title, f"{serial / both:.2f}", "at least 3")
 
 
-# ---------------------------------------------------------------- stored features
+# ---------------------------------------------------------------- cached features
 
 
 def benchmark_views(args):
@@ -154,13 +158,13 @@ def benchmark_views(args):
     with tempfile.TemporaryDirectory() as folder:
         data, weights, runs = (Path(folder) / name for name in ("demo", "weights.pt", "runs"))
         script("tests/demo.py", data, "--runs", args.runs, "--augment", 9, "--bins", 128)
-        torch.save(timm.create_model(args.backbone).state_dict(), weights)  # the same backbone for every seed
+        torch.save(timm.create_model(args.backbone).state_dict(), weights)  # all seeds have the same backbone
         flags = ["--backbone", args.backbone, "--data", data, "--weights", weights, "--out", runs]
         flags += ["--lr", "0.006", "--optimizer", "adamax"]
         flags += ["--image-size", args.image_size, "--finetune", "head", "--patience", epochs]
 
         def training(*more):
-            """Seconds of one command, start included."""
+            """Seconds of one command with its start."""
             return seconds(script, "train.py", *flags, "--name", "".join(map(str, more)).strip("-"), *more)
 
         [settings] = train.expand_trainings(train.parse_arguments([*map(str, flags), "--views", "4"]))
@@ -183,30 +187,33 @@ def benchmark_views(args):
 
         forward(1)
         bare = seconds(forward, n // 64) / (n // 64 * 32)
-        row("pictures a second through the extraction, decoding and draws included", f"{n / extraction:.1f}")
-        row("  / through a bare forward loop over tensors in memory", f"{n * bare / extraction:.2f}")
+        row("pictures per second: extraction with decoding and augmentation", f"{n / extraction:.1f}")
+        row("  / pictures per second: forward passes over tensors in memory", f"{n * bare / extraction:.2f}")
 
         fresh = training("--views", 0, "--epochs", fresh_epochs)
         [table] = runs.glob("**/epochs.csv")
         per_epoch = pd.read_csv(table)["seconds"].mean()
         fresh += (epochs - fresh_epochs) * per_epoch
-        stored = training("--views", 4, "--epochs", epochs)
-        what = f"{epochs} epochs of fresh views ({fresh_epochs} run, scaled) / of 4 stored, with extraction"
-        row(what, f"{fresh / stored:.1f}", "at least 10")
-        for what, more in (("8 Optuna trials", ["--tune", 8]), ("5 folds x 5 repeats", ["--folds", 5, "--repeats", 5])):
-            after = training("--views", 4, "--epochs", 20, *more)
-            row(f"{what} of 20 epochs on stored features / one extraction", f"{after / extraction:.2f}", "below 2")
+        cached = training("--views", 4, "--epochs", epochs)
+        title = f"{epochs} epochs of fresh views ({fresh_epochs} measured) / of 4 cached views with extraction"
+        row(title, f"{fresh / cached:.1f}", "at least 10")
+        for title, more in (
+            ("8 Optuna trials", ["--tune", 8]),
+            ("5 folds x 5 repeats", ["--folds", 5, "--repeats", 5]),
+        ):
+            total = training("--views", 4, "--epochs", 20, *more)
+            row(f"{title} of 20 epochs on cached features / one extraction", f"{total / extraction:.2f}", "below 2")
 
 
 # ---------------------------------------------------------------- one process against two of torchrun
 def benchmark_processes(args):
-    """Seconds of 10 more raw files converted, and of 8 more views of a picture, without the start of commands."""
-    starts = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]}
+    """Seconds per additional raw file and per additional view, without the start of commands."""
+    launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         raw = folder / "raw"
         raw.mkdir()
-        write_run(raw / "run0.mzML", args.scans)
+        write_raw_file(raw / "run0.mzML", args.scans)
         names = [f"run{i}" for i in range(12)]
         for name in names[1:]:
             os.link(raw / "run0.mzML", raw / f"{name}.mzML")
@@ -216,10 +223,10 @@ def benchmark_processes(args):
         flags += ["--data", folder / "demo", "--workers", 0]
 
         def slope(n, few, many):
-            """Seconds between a command with few and one with many, each of the lowest of the repeats."""
+            """Difference in seconds between two commands, each the lowest of the repeats."""
             lowest = []
             for command in (few, many):
-                words = list(map(str, [*starts[n], ROOT / command[0], *command[1:]]))
+                words = list(map(str, [*launchers[n], ROOT / command[0], *command[1:]]))
                 times = []
                 for repeat in range(args.repeats):
                     out = ["--name", f"{n}-{repeat}"] if command[0] == "train.py" else []
@@ -235,20 +242,20 @@ def benchmark_processes(args):
             tables.append(folder / f"{count}.csv")
             samples[:count].to_csv(tables[-1], index=False)
         commands = [["convert.py", raw, table, "OUT", "--workers", 1] for table in tables]
-        conversion = {n: slope(n, *commands) for n in starts}
-        row(f"seconds a raw file of {(raw / 'run0.mzML').stat().st_size / 1e6:.0f} MB", f"{conversion[1] / 10:.2f}")
+        conversion = {n: slope(n, *commands) for n in launchers}
+        row(f"seconds per raw file of {(raw / 'run0.mzML').stat().st_size / 1e6:.0f} MB", f"{conversion[1] / 10:.2f}")
         row("  one process / two", f"{conversion[1] / conversion[2]:.2f}", "at least 1.7")
         commands = [["train.py", *flags, "--views", views] for views in (1, 9)]
-        extraction = {n: slope(n, *commands) for n in starts}
+        extraction = {n: slope(n, *commands) for n in launchers}
         n_pictures = len(deeplcms.find_pictures(folder / "demo", ("train", "val"))[0])
-        what = f"milliseconds a view through {args.backbone}, logistic regression included"
-        row(what, f"{1000 * extraction[1] / (8 * n_pictures):.1f}")
+        title = f"milliseconds per view through {args.backbone}, with logistic regression"
+        row(title, f"{1000 * extraction[1] / (8 * n_pictures):.1f}")
         row("  one process / two", f"{extraction[1] / extraction[2]:.2f}", "at least 1.7")
 
 
-# ---------------------------------------------------------------- the loop against the plainest Lightning module
+# ---------------------------------------------------------------- the loop and a minimal Lightning module
 def benchmark_lightning(args):
-    """Seconds of an epoch, the lowest of the last: train.py's loop (averaged weights included), and Lightning's."""
+    """Seconds of the fastest epoch after the first: train.py's loop with averaged weights, and Lightning's."""
     import lightning
     import timm
     import torch
@@ -289,7 +296,7 @@ def benchmark_lightning(args):
         flags += ["--epochs", args.epochs, "--image-size", args.image_size, "--workers", args.workers, "--out", runs]
         script("train.py", *flags)
         [history] = runs.glob("**/epochs.csv")
-        ours = pd.read_csv(history)["seconds"][1:].min()
+        loop_seconds = pd.read_csv(history)["seconds"][1:].min()
         model = train.Classifier(args.backbone, 1, image_size=args.image_size, finetune=args.finetune)
         pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
         pictures["label"] = deeplcms.make_labels(pictures, train.find_classes(pictures))
@@ -303,16 +310,16 @@ def benchmark_lightning(args):
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         precision = "16-mixed" if train.CUDA else "bf16-mixed" if train.FAST_BFLOAT16 else "32"
         lightning.Trainer(max_epochs=args.epochs, precision=precision, **quiet).fit(plain, *loaders)
-        what = f"seconds of an epoch of {args.backbone} ({args.finetune}), {args.image_size} pixels, {train.DEVICE}"
-        row(what, f"{ours:.2f}")
-        row("  the plainest Lightning module / train.py", f"{min(plain.times[1:]) / ours:.2f}")
+        title = f"seconds per epoch of {args.backbone} ({args.finetune}), {args.image_size} pixels, {train.DEVICE}"
+        row(title, f"{loop_seconds:.2f}")
+        row("  a minimal Lightning module / train.py", f"{min(plain.times[1:]) / loop_seconds:.2f}")
 
 
-# ---------------------------------------------------------------- time and memory a picture
+# ---------------------------------------------------------------- time and memory per picture
 def answer(args):
-    """A process of its own with the code of CHECKOUT: for each task named on stdin its seconds of processor.
+    """Print the processor seconds of each task read from stdin. Runs in its own process with the code of CHECKOUT.
 
-    Only what has been called the same for long is used here, so that older checkouts can answer, too.
+    It uses only functions whose names are old, so it also works with older checkouts.
     """
     import torch
 
@@ -348,36 +355,36 @@ def answer(args):
 
 
 def benchmark_times(folder, before):
-    """Milliseconds of processor on one thread, the best of several rounds in turn, and ratios to the older checkout."""
-    from demo import write_demo_run
+    """Print the lowest processor time of several rounds, on one thread, and ratios to the older checkout."""
+    from demo import write_demo_file
 
-    write_demo_run(folder / "demo.mzML", 1, 0)
-    write_run(folder / "small.mzML", 1280, 190)  # as those of faahKO
-    write_run(folder / "large.mzML", 2400)
-    sides = []
+    write_demo_file(folder / "demo.mzML", 1, 0)
+    write_raw_file(folder / "small.mzML", 1280, 190)  # like the faahKO files
+    write_raw_file(folder / "large.mzML", 2400)
+    servers = []
     for name, checkout in (("now", ROOT), ("before", before)):
         if checkout:
             command = [sys.executable, __file__, "answer", folder / name]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            sides.append(subprocess.Popen(command, env=os.environ | {"CHECKOUT": str(checkout)}, **pipes))
-    for task, of_each, rounds, what, target in (
-        ("draw", 50, 9, "a training picture of 500 bins, read and drawn", "at most 0.33"),
-        ("small", 1, 9, "a run of 5 MB and nine copies", "at most 0.50"),
-        ("large", 1, 5, "a run of 140 MB and nine copies", ""),
-        ("find", 10_000, 1, "find_pictures, of 10,000 a picture", "at most 0.033"),
+            servers.append(subprocess.Popen(command, env=os.environ | {"CHECKOUT": str(checkout)}, **pipes))
+    for task, n_items, rounds, title, target in (
+        ("draw", 50, 9, "a training picture of 500 bins, read and augmented", "at most 0.33"),
+        ("small", 1, 9, "a file of 5 MB and nine shifted copies", "at most 0.50"),
+        ("large", 1, 5, "a file of 140 MB and nine shifted copies", ""),
+        ("find", 10_000, 1, "find_pictures on 10,000 pictures, per picture", "at most 0.033"),
     ):
-        best = [np.inf] * len(sides)
+        best = [np.inf] * len(servers)
         for _ in range(rounds):
-            for i, side in enumerate(sides):
-                print(task, file=side.stdin, flush=True)
-                best[i] = min(best[i], 1000 * float(side.stdout.readline()) / of_each)
-        row(f"{what}: {' / '.join(map('{:.3g}'.format, best))} ms", f"{best[0] / best[-1]:.3f}", target)
-    for side in sides:
-        side.communicate()
+            for i, server in enumerate(servers):
+                print(task, file=server.stdin, flush=True)
+                best[i] = min(best[i], 1000 * float(server.stdout.readline()) / n_items)
+        row(f"{title}: {' / '.join(map('{:.3g}'.format, best))} ms", f"{best[0] / best[-1]:.3f}", target)
+    for server in servers:
+        server.communicate()
 
 
 def weigh(args):
-    """In a process of its own: run a script; the last line printed is the peak of memory."""
+    """Run a script in its own process, then print its peak memory as the last line."""
     sys.argv = [str(ROOT / args.arguments[0]), *args.arguments[1:]]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -386,7 +393,7 @@ def weigh(args):
 
 
 def benchmark_memory(folder):
-    """Peak memory of explain.py and evaluate.py on two data sets, and what a picture or run more adds."""
+    """Print peak memory of explain.py and evaluate.py, and the increase per picture or raw file."""
     data = folder / "demo"
     script("tests/demo.py", data, "--runs", 40, "--bins", 500)
     rt_min, rt_max, mz_min, mz_max = deeplcms.read_json(data / "settings.json")["axes"]
@@ -412,9 +419,9 @@ def benchmark_memory(folder):
             kind = "" if command == predict else "-pictures"
             few, many = (float(script(__file__, "weigh", *command, folder / f"{n}{kind}")) for n in sizes)
             slope = (many - few) / (sizes[1] - sizes[0])
-            what = f"{command[0]} {command[-1]} {backbone}, {sizes[0]} and {sizes[1]}: {few:.0f} and {many:.0f} MB"
-            row(f"{what}; one more", f"{slope:.2f} MB", "at most 1 MB")
-            row("  10,000 by that slope", f"{(many + slope * (10_000 - sizes[1])) / 1024:.1f} GB", "at most 16 GB")
+            title = f"{command[0]} {command[-1]} {backbone}, {sizes[0]} and {sizes[1]}: {few:.0f} and {many:.0f} MB"
+            row(f"{title}; per item", f"{slope:.2f} MB", "at most 1 MB")
+            row("  extrapolated to 10,000", f"{(many + slope * (10_000 - sizes[1])) / 1024:.1f} GB", "at most 16 GB")
 
 
 def benchmark_pictures(args):
@@ -426,22 +433,24 @@ def benchmark_pictures(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("convert", help="conversion against pyopenms' load and the article's recipe")
+    command = commands.add_parser("convert", help="conversion, compared with pyopenms and the article's recipe")
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--scans", type=int, default=2400)
     command.set_defaults(function=benchmark_convert)
-    command = commands.add_parser("views", help="training on stored features against fresh views")
+    command = commands.add_parser("views", help="training on cached features, compared with fresh views")
     command.add_argument("--backbone", default="resnet18", help="timm name; its weights are random")
     command.add_argument("--image-size", type=int, default=224)
-    command.add_argument("--runs", type=int, default=60, help="of the demo, each training run with 9 copies")
+    command.add_argument(
+        "--runs", type=int, default=60, help="files of the demo cohort; training files get 9 shifted copies"
+    )
     command.set_defaults(function=benchmark_views)
-    command = commands.add_parser("processes", help="conversion and extraction by one process and by two of torchrun")
+    command = commands.add_parser("processes", help="conversion and extraction by one process and by two")
     command.add_argument("--backbone", default="resnet18", help="timm name; its weights are random")
     command.add_argument("--scans", type=int, default=1000)
     command.add_argument("--runs", type=int, default=60, help="files of the demo cohort")
     command.add_argument("--repeats", type=int, default=2)
     command.set_defaults(function=benchmark_processes)
-    command = commands.add_parser("lightning", help="the loop against a plain module (needs: pip install lightning)")
+    command = commands.add_parser("lightning", help="the loop and a Lightning module (needs: pip install lightning)")
     command.add_argument("--backbone", default="mobileone_s3", help="timm name; its weights are random")
     command.add_argument("--finetune", choices=["head", "all"], default="all")
     command.add_argument("--image-size", type=int, default=224)
@@ -449,15 +458,15 @@ def main():
     command.add_argument("--epochs", type=int, default=4)
     command.add_argument("--workers", type=int, default=deeplcms.cores())
     command.set_defaults(function=benchmark_lightning)
-    command = commands.add_parser("pictures", help="time and memory a picture")
+    command = commands.add_parser("pictures", help="time and memory per picture")
     command.add_argument("--before", metavar="CHECKOUT", help="an older checkout, for ratios")
     command.set_defaults(function=benchmark_pictures)
-    for name, function in (("answer", answer), ("weigh", weigh)):  # of `pictures`, in processes of their own
+    for name, function in (("answer", answer), ("weigh", weigh)):  # processes started by `pictures`
         command = commands.add_parser(name)
         command.add_argument("arguments", nargs=argparse.REMAINDER)
         command.set_defaults(function=function)
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # as in convert.py with a worker a core; for everything that is compared
+    os.environ["OMP_NUM_THREADS"] = "1"  # as in convert.py with one worker per core
     args.function(args)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: two small cohorts, runs trained on them, the real runs where there are some."""
+"""Shared by the tests: small cohorts, runs trained on them, and real raw files if the machine has some."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # the tests ask nothing of the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network
 
 import deeplcms  # noqa: E402
 from demo import write_mzml  # noqa: E402
@@ -23,14 +23,14 @@ TINY += ["--augmentation", "none", "--workers", 1, "--lr", 0.01, "--no-amp"]
 
 
 def call(script, *arguments, cwd, root=ROOT, **options):
-    """Run a script of the project as a user does; returns the completed process with its output as text."""
+    """Run a script of the project as a user does; returns the completed process with its output."""
     command = [sys.executable, str(root / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
 
 
 def run(script, *arguments, cwd):
-    """The same in this process, as loading torch once is enough; returns (exit status, last line of stderr or '')."""
-    before, argv = Path.cwd(), sys.argv
+    """Run a script in this process, so that torch loads once; returns (exit status, error line or '')."""
+    folder_before, argv = Path.cwd(), sys.argv
     os.chdir(cwd)
     sys.argv = [script, *map(str, arguments)]
     try:
@@ -38,7 +38,7 @@ def run(script, *arguments, cwd):
     except SystemExit as end:
         return (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
     finally:
-        os.chdir(before)
+        os.chdir(folder_before)
         sys.argv = argv
 
 
@@ -49,7 +49,7 @@ def random_scans(seed, n_scans=40, n_peaks=200):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """A demo cohort of 40 runs at 64 bins."""
+    """A demo cohort of 40 raw files in 64 bins."""
     folder = tmp_path_factory.mktemp("cohort") / "demo"
     assert run("demo.py", folder, "--runs", 40, "--bins", 64, "--test", 0.15, cwd=folder.parent) == (0, "")
     return folder
@@ -57,16 +57,16 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(demo):
-    """A run of two epochs of a tiny network on that cohort."""
+    """A tiny network trained on that cohort for two epochs."""
     arguments = ["--backbone", "test_resnet", "--data", demo, "--scales", "last:3", "--epochs", 2, *TINY]
     assert run("train.py", *arguments, cwd=demo.parent) == (0, "")
     return demo.parent / "runs" / "demo" / "test_resnet" / "seed2643"
 
 
 def make_cohort(folder, phenotypes):
-    """Raw runs and pictures of a cohort whose phenotypes, but for the first, have one compound more: PEAK, and so on.
+    """Raw files and pictures of a cohort. Each phenotype after the first has one more compound: PEAK, and so on.
 
-    24 training, 8 validation and 5 test runs a phenotype; four compounds at random places in every run.
+    Each phenotype has 24 training, 8 validation and 5 test files. Every file has four compounds at random places.
     """
     rng, rows = np.random.default_rng(0), ["sample_name,phenotype,age,split"]
     (folder / "raw").mkdir(parents=True)
@@ -90,7 +90,7 @@ def make_cohort(folder, phenotypes):
 
 
 def train_pixels(data, *flags):
-    """A run of the baseline on that cohort; it finds the compound within seconds."""
+    """Train the baseline on that cohort. It finds the compound within seconds."""
     flags = ["--scales", "1:16", "--image-size", 64, "--augmentation", "none", *flags]
     assert run("train.py", "--backbone", "pixels", "--data", data, *flags, cwd=data.parent) == (0, "")
     return data.parent / "runs" / data.name / "pixels" / "seed2643"
@@ -110,27 +110,27 @@ def three(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def real_runs():
-    """The folder of eight real LC-MS runs and their samples.csv."""
+def real_files():
+    """The folder of eight real LC-MS files and their samples.csv."""
     folder = os.environ.get("DEEPLCMS_REAL_RUNS")
     if not folder:
-        pytest.skip("DEEPLCMS_REAL_RUNS does not name a folder of real runs")
+        pytest.skip("DEEPLCMS_REAL_RUNS is not set to a folder of real raw files")
     return Path(folder)
 
 
-def beside(real_runs, name):
-    """A folder of other files beside the real runs."""
-    folder = real_runs.parent / name
+def folder_beside(real_files, name):
+    """A folder of other files, next to the folder of real raw files."""
+    folder = real_files.parent / name
     if not folder.is_dir():
-        pytest.skip(f"no folder {name} beside the real runs")
+        pytest.skip(f"no folder {name} next to the real raw files")
     return folder
 
 
 @pytest.fixture(scope="session")
-def odd_files(real_runs):
-    return beside(real_runs, "odd_files")
+def odd_files(real_files):
+    return folder_beside(real_files, "odd_files")
 
 
 @pytest.fixture(scope="session")
-def as_written(real_runs):
-    return beside(real_runs, "as_written")
+def as_written(real_files):
+    return folder_beside(real_files, "as_written")

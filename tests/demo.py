@@ -1,12 +1,12 @@
-"""The demo cohort: synthetic mzML runs of two phenotypes, their truth planted, and the pictures of them.
+"""Make the demo cohort: synthetic mzML files of two phenotypes with planted compounds, and their pictures.
 
-    python tests/demo.py                                  # what train.py takes without --data: 600 runs, in demo/
-    python tests/demo.py cohort1 --seed 1 --runs 280      # behind DIR, other flags are those of convert.py
+    python tests/demo.py                              # the default of train.py: 600 raw files, in demo/
+    python tests/demo.py cohort1 --seed 1 --runs 280  # other flags are passed to convert.py
 
-It looks like the article's Figure 2: dead volume, chemical-noise lines across the whole run, a wash at the end, peaks
-that tail, drift of retention and mass, intensities over four decades. DIR/raw/ holds the runs and samples.csv,
-DIR/features.csv lists planted and background compounds in the form of an MS-DIAL export. What is there already is kept:
-every run has random numbers of its own.
+The pictures look like the article's Figure 2: a dead volume, lines of chemical noise, a wash at the end, tailing peaks,
+retention and mass drift, and intensities over four decades. DIR/raw/ contains the raw files and samples.csv.
+DIR/features.csv lists planted and background compounds in the format of an MS-DIAL export. Existing files are kept, as
+each file has its own random numbers.
 """
 
 import argparse
@@ -34,20 +34,23 @@ Alignment ID,Average Rt(min),Average Mz,Metabolite name,Ontology,Fold change,MS/
 
 
 def demo_compounds(rng, n_planted=24, n_background=216):
-    """A made-up metabolome, and `fold`: the level of each compound in exposed people over that in controls.
+    """Table of simulated compounds; `fold` is the ratio of a compound's levels in exposed people and in controls.
 
-    Planted compounds have a fold of 2-10, up or down, or are in exposed people only (infinity), as a drug is; all else
-    is drawn alike for planted and background ones. `frequency` is the chance that a run holds a compound at all.
+    Planted compounds have a fold of 2-10, up or down. Three are in exposed people only (infinity), like a drug. All
+    other columns have the same distributions for planted and background compounds. `frequency` is the probability that
+    a file contains the compound.
     """
     n = n_planted + n_background
     compounds = pd.DataFrame({"planted": np.arange(n) < n_planted, "rt": rng.uniform(0.9, 9.0, n)})  # minutes
-    compounds["mz"] = rng.uniform(110, 700, n) + 20 * compounds["rt"]  # later means larger, as on a C18 column
-    others = rng.integers(0, n, n - 2 * n // 3)  # with which the last third overlaps
+    compounds["mz"] = (
+        rng.uniform(110, 700, n) + 20 * compounds["rt"]
+    )  # larger molecules elute later, as on a C18 column
+    others = rng.integers(0, n, n - 2 * n // 3)  # the last third of the compounds overlaps with these
     for axis, spread in (("rt", 0.1), ("mz", 6)):
         beside = compounds[axis][others] + rng.normal(0, spread, len(others))
         compounds.loc[2 * n // 3 :, axis] = beside.to_numpy()
     compounds["log10_height"] = np.clip(rng.normal(5.8, 0.5, n), 5.0, 7.3)
-    compounds["width"] = rng.uniform(2.5, 5.0, n)  # seconds, one standard deviation of the rising side
+    compounds["width"] = rng.uniform(2.5, 5.0, n)  # seconds, standard deviation of the rising side
     compounds["tailing"] = rng.uniform(1.2, 3.0, n)  # falling side / rising side
     compounds["frequency"] = rng.uniform(0.6, 0.95, n)
     fold = np.exp(rng.uniform(np.log(2), np.log(10), n)) ** rng.choice([-1, 1], n)
@@ -56,19 +59,21 @@ def demo_compounds(rng, n_planted=24, n_background=216):
     return compounds
 
 
-def simulate_run(rng, compounds, lines, exposed, batch, interval=2.0, noise=40, threshold=1e3, gain=1.0):
-    """Scans [(seconds, m/z ascending, intensity)] of one synthetic centroided run.
+def simulate_scans(rng, compounds, lines, exposed, batch, interval=2.0, noise=40, threshold=1e3, gain=1.0):
+    """Scans [(seconds, m/z ascending, intensity)] of one synthetic centroided file.
 
-    Another method has another interval of scans (seconds), noise peaks a scan, threshold, and gain of all but noise.
+    interval: seconds between scans; noise: noise peaks per scan; gain: factor for all peaks but noise. Other values
+    simulate another method.
 
-    Measured in the faahKO runs (Saghatelian 2004), for peaks 33 s wide at half height: days differ by 2-24 s, slowly
-    along the gradient, runs of a day by 2 s; sensitivity by 20 %. Peaks are 6-24 s wide here and batches drift by 15 s
-    (standard deviation), as from column to column. People's levels differ by a factor of 2.2, a guess for human blood.
+    The faahKO files (Saghatelian 2004) have peaks 33 s wide at half height. Their retention times differ by 2-24 s
+    between days, slowly along the gradient, and by 2 s within a day. Their sensitivity differs by 20 %. Here peaks are
+    6-24 s wide and batches drift by 15 s (standard deviation), as between columns. The levels of people differ by a
+    factor of 2.2, a guess for human blood.
     """
     times = np.arange(0, 60 * MINUTES, interval)
     n = len(times)
     peaks = []  # (scan, m/z, intensity) arrays
-    ppm, sensitivity = rng.normal(0, 3), rng.lognormal(0, 0.3)
+    mass_error, sensitivity = rng.normal(0, 3), rng.lognormal(0, 0.3)
     waves = batch + rng.normal(0, 3, 6)
     drift = waves @ slow_waves(compounds["rt"] / MINUTES) + rng.normal(0, 0.5, len(compounds))
     level = compounds["fold"] ** (0.5 if exposed else -0.5)
@@ -80,14 +85,14 @@ def simulate_run(rng, compounds, lines, exposed, batch, interval=2.0, noise=40, 
         sides = np.where(times[near] < compound.apex, rise, fall)
         shape = np.exp(-0.5 * ((times[near] - compound.apex) / sides) ** 2)
         profile = compound.top * shape * rng.lognormal(0, 0.1, len(near))
-        carbon_13 = 0.011 * (compound.mz / 20)  # atoms a molecule
+        carbon_13 = 0.011 * (compound.mz / 20)  # carbon-13 atoms per molecule
         for isotope, share in enumerate((1, carbon_13, carbon_13**2 / 2)):
             peaks.append((near, compound.mz + 1.00336 * isotope, profile * share))
-    # Solvent and plasticiser ions in every scan: the horizontal lines of the article's Figure 2.
+    # Solvent and plasticiser ions are in every scan: they are the horizontal lines of the article's Figure 2.
     for line, level in lines:
-        wander = np.exp(np.cumsum(rng.normal(0, 0.05, n)))
-        peaks.append((np.arange(n), line, level * sensitivity * wander / wander.mean()))
-    # Dead volume: all that the column does not hold. Wash: all that it held too long, a polymer among it.
+        fluctuation = np.exp(np.cumsum(rng.normal(0, 0.05, n)))
+        peaks.append((np.arange(n), line, level * sensitivity * fluctuation / fluctuation.mean()))
+    # The dead volume contains unretained ions. The wash contains strongly retained ions, including a polymer.
     for start, end, n_ions, low, level in ((0.5, 0.75, 60, 100, 2e5), (9.3, 9.8, 150, 300, 1e5)):
         window = np.flatnonzero((times > 60 * start) & (times < 60 * end))
         rise_and_fall = np.hanning(len(window) + 2)[1:-1]
@@ -102,15 +107,15 @@ def simulate_run(rng, compounds, lines, exposed, batch, interval=2.0, noise=40, 
     peaks.append((rng.integers(0, n, m), rng.uniform(*MZ, m), rng.lognormal(np.log(2e3), 0.7, m)))
 
     scan, mz, height = np.concatenate([np.broadcast_arrays(*part) for part in peaks], axis=1)
-    mz = mz * (1 + 1e-6 * (ppm + rng.normal(0, 2, len(mz))))
+    mz = mz * (1 + 1e-6 * (mass_error + rng.normal(0, 2, len(mz))))
     order = np.lexsort((mz, scan))
-    order = order[height[order] > threshold]  # the detector sees four decades
+    order = order[height[order] > threshold]  # the detector covers four decades
     starts = np.searchsorted(scan[order], np.arange(1, n))
     return list(zip(times, np.split(mz[order], starts), np.split(height[order], starts), strict=True))
 
 
 def write_mzml(path, scans):
-    """Write MS1 scans [(seconds, m/z, intensity)] as mzML: zlib, m/z in 64 bits, intensity in 32."""
+    """Write MS1 scans [(seconds, m/z, intensity)] as mzML: zlib, 64-bit m/z, 32-bit intensity."""
     import pyopenms
 
     experiment = pyopenms.MSExperiment()
@@ -128,44 +133,44 @@ def write_mzml(path, scans):
 
 
 def demo_cohort(seed, **sizes):
-    """Compounds, [(m/z, intensity)] of lines, and the drift (BATCHES, 6) of batches: what all runs share."""
+    """Properties that all files share: compounds, [(m/z, intensity)] of lines, drift (BATCHES, 6) of batches."""
     rng = np.random.default_rng([seed, 0])
     compounds = demo_compounds(rng, **sizes)
     lines = np.transpose([rng.uniform(*MZ, 15), rng.lognormal(np.log(2e4), 0.8, 15)])
     return compounds, lines, rng.normal(0, 15, (BATCHES, 6))
 
 
-def write_demo_run(path, seed, index):
-    """One run of the demo cohort; cohort and run have their own random numbers, so any worker writes the same file."""
+def write_demo_file(path, seed, index):
+    """Write one file of the demo cohort. Its content depends on seed and index alone, in any worker process."""
     compounds, lines, batches = demo_cohort(seed)
     run = np.random.default_rng([seed, 1, index])
-    write_mzml(path, simulate_run(run, compounds, lines, index % 2 == 1, batches[batch_of(index)]))
+    write_mzml(path, simulate_scans(run, compounds, lines, index % 2 == 1, batches[batch_of(index)]))
 
 
 def batch_of(index):
-    """Runs of both phenotypes, in turn, are in every batch."""
+    """Batch of a file. Each batch has files of both phenotypes, in turn."""
     return index // 2 % BATCHES
 
 
 def write_cohort(folder, n_runs, seed, workers):
-    """Write folder/raw/*.mzML and samples.csv, and folder/features.csv in the form of an MS-DIAL alignment export."""
-    raw_dir, numbers = folder / "raw", range(n_runs)
+    """Write folder/raw/*.mzML, samples.csv, and folder/features.csv in the format of an MS-DIAL alignment export."""
+    raw_dir, indices = folder / "raw", range(n_runs)
     if (folder / "settings.json").exists() and not raw_dir.exists():
         raise InputError(f"{folder} holds another data set: use another folder")
-    print(f"the demo cohort: {n_runs} synthetic runs in {raw_dir}, their compounds in {folder}/features.csv")
+    print(f"the demo cohort: {n_runs} synthetic raw files in {raw_dir}, their compounds in {folder}/features.csv")
     raw_dir.mkdir(parents=True, exist_ok=True)
-    samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in numbers], "cohort": str(seed)})
-    samples["phenotype"] = [PHENOTYPES[i % 2] for i in numbers]
-    samples["batch"] = [f"{batch_of(i) + 1}" for i in numbers]
+    samples = pd.DataFrame({"sample_name": [f"run{i:03d}" for i in indices], "cohort": str(seed)})
+    samples["phenotype"] = [PHENOTYPES[i % 2] for i in indices]
+    samples["batch"] = [f"{batch_of(i) + 1}" for i in indices]
     table = raw_dir / "samples.csv"
     if table.exists() and not read_table(table).equals(samples):
         raise InputError(f"{raw_dir} holds another cohort: use another folder or delete this one")
-    for leftover in raw_dir.glob(".*.tmp.mzML"):  # of a command that was killed
+    for leftover in raw_dir.glob(".*.tmp.mzML"):  # left by a killed command
         leftover.unlink()
     write_table(table, samples)
     paths = [raw_dir / f"{name}.mzML" for name in samples["sample_name"]]
-    tasks = {i: (paths[i], seed, i) for i in numbers if not paths[i].exists()}
-    for result in convert.for_each(write_demo_run, tasks, workers, "writing mzML").values():
+    tasks = {i: (paths[i], seed, i) for i in indices if not paths[i].exists()}
+    for result in convert.for_each(write_demo_file, tasks, workers, "writing mzML").values():
         if isinstance(result, Exception):
             raise result
 
@@ -181,14 +186,16 @@ def write_cohort(folder, n_runs, seed, workers):
 # ---------------------------------------------------------------- command line
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), metavar="DIR", help="where it goes")
-    parser.add_argument("--runs", type=count, default=600, help="number of runs, half of each phenotype")
-    parser.add_argument("--seed", type=int, default=2643, help="of compounds, runs and splits")
-    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
-    args, of_convert = parser.parse_known_args()
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path("demo"), metavar="DIR", help="folder for the cohort"
+    )
+    parser.add_argument("--runs", type=count, default=600, help="number of raw files, half of each phenotype")
+    parser.add_argument("--seed", type=int, default=2643, help="random seed of compounds, files and splits")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="number of processes")
+    args, convert_flags = parser.parse_known_args()
     raw_dir = args.folder / "raw"
     flags = ["--bins", 256, "--test", 0.2, "--rt-range", 0, MINUTES, "--mz-range", *MZ]
-    flags += ["--seed", args.seed, "--workers", args.workers, *of_convert]
+    flags += ["--seed", args.seed, "--workers", args.workers, *convert_flags]
     conversion = convert.parse_arguments(
         [str(text) for text in (raw_dir, raw_dir / "samples.csv", args.folder, *flags)]
     )

@@ -1,10 +1,10 @@
-"""The tables of .github/EXPERIMENTS.md, each by one command; what is finished is not done again.
+"""Make the tables of .github/EXPERIMENTS.md, one command for each. Finished parts are not repeated.
 
-    python tests/experiments.py transfer   # or another of the functions below; --seeds, --weights FILE, --out DIR
+    python tests/experiments.py transfer  # or another table; --seeds, --weights FILE, --out DIR
 
-Three demo cohorts of 600 runs (seeds 2643, 1, 2; or --seeds): 360 for testing, 240 for training and validation ("280
-runs" with a test split of the usual size), or 34 of these ("40 runs"). Numbers are means over the cohorts, lowest and
-highest in brackets. `ranking` has cohorts of its own, and a row for each.
+Most tables use three demo cohorts of 600 raw files (seeds 2643, 1, 2; or --seeds). 360 files are for testing. Training
+and validation use 240 files ("280 runs", as with a test split of the usual size) or 34 of them ("40 runs"). Numbers are
+means over the cohorts, with the lowest and highest in brackets. `ranking` has its own cohorts and a row for each.
 """
 
 import argparse
@@ -65,13 +65,13 @@ PRESETS |= {
 
 
 def call(main, *arguments):
-    """Run a script of the project in this process, silently."""
+    """Run a script of the project in this process without its output."""
     sys.argv = ["", *map(str, arguments)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return main()
 
 
-def cohorts():
+def write_cohorts():
     """Write the data sets cohort<seed> and small<seed>."""
     for seed in SEEDS:
         call(demo.main, f"cohort{seed}", "--seed", seed, "--runs", 600, "--test", 0.6)
@@ -82,15 +82,15 @@ def cohorts():
         call(convert.main, f"cohort{seed}/raw", f"small{seed}.csv", f"small{seed}", *AXES)
 
 
-def run_of(data, name, flags):
-    """Train (or find) the run of these flags; returns its folder."""
+def train_or_find(data, name, flags):
+    """Train a run with these flags, or find it; returns its folder."""
     call(train.main, "--data", data, "--name", f"{name}-{data}", "--workers", 0, *flags)
     [checkpoint] = Path("runs", f"{name}-{data}", flags[1]).glob("seed*/best.pt")
     return checkpoint.parent
 
 
-def judged(run):
-    """Accuracy and ROC AUC on the 360 test runs, and the lowest validation loss."""
+def evaluate_run(run):
+    """{name: value} of a run: test metrics, lowest validation loss and highest training loss."""
     if not (run / "metrics.json").exists():
         call(evaluate.main, run)
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
@@ -104,25 +104,25 @@ def judged(run):
 
 
 def mean_and_range(results, columns):
-    """'mean (lowest-highest)' of each column over the cohorts."""
+    """['mean (lowest-highest)'] over the cohorts, one for each column."""
     table = pd.DataFrame(results)[columns]
     return [f"{v.mean():.3f} ({v.min():.3f}-{v.max():.3f})" for _, v in table.items()]
 
 
 def print_table(rows, columns=("accuracy", "ROC AUC")):
-    """Print a Markdown table: a row for each {label: (name of the runs, flags)}, columns for both sizes."""
+    """Print a Markdown table with a row for each of {label: (name of the runs, flags)} and both sizes."""
     print("| | " + " | ".join(f"{size}: {column}" for size in SIZES for column in columns) + " |")
     print("| --- " * (1 + len(SIZES) * len(columns)) + "|")
     for label, (name, flags) in rows.items():
         cells = []
         for data in SIZES.values():
-            results = [judged(run_of(f"{data}{seed}", name, flags)) for seed in SEEDS]
+            results = [evaluate_run(train_or_find(f"{data}{seed}", name, flags)) for seed in SEEDS]
             cells += mean_and_range(results, list(columns))
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 
 def main():
-    """README's main job with five seeds, with two threads and one in turn."""
+    """README's main command with five seeds, with two threads or one in turn."""
     columns = ["accuracy", "ROC AUC", "Brier score"]
     print(f"| Seed | Threads | {' | '.join(columns)} | kept epoch | seconds |\n" + "| --- " * 7 + "|")
     results = []
@@ -132,7 +132,7 @@ def main():
         environment = os.environ | {"OMP_NUM_THREADS": threads}
         subprocess.run([*command, "--weights", "random"], check=True, env=environment, stdout=subprocess.DEVNULL)
         run = Path(f"runs/demo/mobileone_s3/seed{seed}")
-        results.append(judged(run))
+        results.append(evaluate_run(run))
         epochs = pd.read_csv(run / "epochs.csv")
         kept = epochs["epoch"][epochs["kept"]].max()
         cells = " | ".join(f"{results[-1][column]:.3f}" for column in columns)
@@ -141,36 +141,40 @@ def main():
 
 
 def transfer():
-    """What ImageNet's weights, early maps, and training the whole network bring beside the picture itself."""
+    """Compare pixels with ImageNet weights, early maps and training of the whole network."""
     print_table({label: (name_of(label), flags) for label, flags in (MODELS | RANDOM).items()})
     print("| | 40 runs: accuracy | ROC AUC | 280 runs: accuracy | ROC AUC |\n" + "| --- " * 5 + "|")
     cells = []
-    for size in SIZES.values():  # pixels and the whole network vote
+    for size in SIZES.values():  # ensemble of pixels and the whole network
         results = []
         for seed in SEEDS:
-            members = [run_of(f"{size}{seed}", name_of(label), MODELS[label]) for label in ("pixels", "all trained")]
+            members = [
+                train_or_find(f"{size}{seed}", name_of(label), MODELS[label]) for label in ("pixels", "all trained")
+            ]
             out = Path("runs", f"votes-{size}{seed}")
             call(evaluate.main, *members, "--ensemble", "--out", out)
-            results.append(judged(out))
+            results.append(evaluate_run(out))
         cells += mean_and_range(results, ["accuracy", "ROC AUC"])
     print(f"| ensemble: pixels and all trained | {' | '.join(cells)} |")
-    wins()
+    print_wins()
 
 
 def name_of(label):
     return label.replace(",", "").replace(" ", "-")
 
 
-def wins():
-    """Cohorts on which a model has a higher accuracy than the pixels, a lower one, and Wilcoxon's p over cohorts."""
+def print_wins():
+    """Numbers of cohorts where a model is more and less accurate than pixels, and Wilcoxon's p."""
     print("| | 40 runs: higher, lower, p | 280 runs: higher, lower, p |\n| --- | --- | --- |")
     for label in [*list(MODELS)[1:], "head on several scales, random weights"]:
         cells = []
         for size in SIZES.values():
             gains = []
             for seed in SEEDS:
-                pixels = judged(run_of(f"{size}{seed}", "pixels", MODELS["pixels"]))["accuracy"]
-                model = judged(run_of(f"{size}{seed}", name_of(label), (MODELS | RANDOM)[label]))["accuracy"]
+                pixels = evaluate_run(train_or_find(f"{size}{seed}", "pixels", MODELS["pixels"]))["accuracy"]
+                model = evaluate_run(train_or_find(f"{size}{seed}", name_of(label), (MODELS | RANDOM)[label]))[
+                    "accuracy"
+                ]
                 gains.append(round(model - pixels, 6))
             gains = np.array(gains)
             cells.append(f"{(gains > 0).sum()}, {(gains < 0).sum()}, {wilcoxon(gains).pvalue:.2g}")
@@ -178,7 +182,7 @@ def wins():
 
 
 def normalize():
-    """The pixels on pictures divided by a quantile, by the highest bin of each time, or of the run."""
+    """Pixels on pictures divided by a quantile, by the highest bin of each time, or of the file."""
     rows = {"quantile (the default)": []}
     for other in ("rt", "global"):
         for size in SIZES.values():
@@ -192,7 +196,9 @@ def normalize():
         cells = []
         for size in SIZES.values():
             prefix = "" if label.startswith("quantile") else f"{label}-"
-            results = [judged(run_of(f"{prefix}{size}{seed}", "pixels", MODELS["pixels"])) for seed in SEEDS]
+            results = [
+                evaluate_run(train_or_find(f"{prefix}{size}{seed}", "pixels", MODELS["pixels"])) for seed in SEEDS
+            ]
             cells += mean_and_range(results, ["accuracy", "ROC AUC"])
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
@@ -207,7 +213,7 @@ def views():
 
 
 def cells():
-    """Grids of the head: cells in retention time x cells in m/z."""
+    """Compare grids of the head: cells in retention time x cells in m/z."""
     pixels, head = MODELS["pixels"], MODELS["head on several scales"]
     rows = {"pixels, 56 x 56 of 224 pixels": ("pixels-56-224", [*pixels, "--scales", "1:56", "--image-size", 224])}
     for grid in ("56", "28x112", "28x250", "14x250", "14x112"):
@@ -224,7 +230,7 @@ def rates():
 
 
 def votes():
-    """Folds of the 40 runs vote, beside one training."""
+    """Compare ensembles of folds of the 40 runs with one training."""
     rows = {"one training": [], "five folds vote": ["--folds", 5], "ten folds vote": ["--folds", 10]}
     print("| | accuracy | ROC AUC |\n| --- | --- | --- |")
     for label, more in rows.items():
@@ -235,7 +241,7 @@ def votes():
             call(train.main, "--data", f"small{seed}", "--name", name, *flags)
             folder = Path("runs", name, "pixels")
             call(evaluate.main, *folder.glob("seed*"), "--out", folder / "votes", *(["--ensemble"] if more else []))
-            results.append(judged(folder / "votes"))
+            results.append(evaluate_run(folder / "votes"))
         print(f"| pixels, {label} | {' | '.join(mean_and_range(results, ['accuracy', 'ROC AUC']))} |", flush=True)
 
 
@@ -243,20 +249,20 @@ def shuffled():
     print_table({m: (name_of(f"{m}-shuffled"), [*flags, "--shuffle-labels"]) for m, flags in MODELS.items()})
 
 
-# ---------------------------------------------------------------- how evidence ranks
+# ---------------------------------------------------------------- ranking by evidence
 
 
-def crowd(folder, seed, n_runs=150):
-    """600 compounds in 150 runs; 24 of them are 12-fold stronger in four of five exposed people, none only in them."""
+def write_crowd(folder, seed, n_runs=150):
+    """Write a cohort of 150 files and 600 compounds; 24 are 12-fold stronger in four of five exposed people."""
     (folder / "raw").mkdir(parents=True, exist_ok=True)
     compounds, lines, batches = demo.demo_cohort(seed, n_background=576)
     samples = []
     for i in range(n_runs):
         run, exposed = np.random.default_rng([seed, 1, i]), i % 2 == 1
         stronger = exposed & compounds["planted"] & (run.random(len(compounds)) < 0.8)
-        # simulate_run gives half of a fold to the exposed and takes half from the controls.
-        of_this_run = compounds.assign(fold=np.where(stronger, 12.0**2, 1.0))
-        scans = demo.simulate_run(run, of_this_run, lines, exposed, batches[demo.batch_of(i)])
+        # simulate_scans multiplies exposed levels by the root of the fold and divides control levels by it.
+        simulated = compounds.assign(fold=np.where(stronger, 12.0**2, 1.0))
+        scans = demo.simulate_scans(run, simulated, lines, exposed, batches[demo.batch_of(i)])
         demo.write_mzml(folder / f"raw/run{i:03d}.mzML", scans)
         samples.append((f"run{i:03d}", demo.PHENOTYPES[exposed]))
     pd.DataFrame(samples, columns=["sample_name", "phenotype"]).to_csv(folder / "raw/samples.csv", index=False)
@@ -269,8 +275,8 @@ def crowd(folder, seed, n_runs=150):
     call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *axes)
 
 
-def ranked(run, data, drift=0.3, most=0.1):
-    """{column: text} of a run: how well do several rankings separate planted from background features?"""
+def compute_ranking(run, data, drift=0.3, most=0.1):
+    """{column: text} for a run: AUCs of rankings that should separate planted from background features."""
     model, checkpoint = train.load_run(run)
     recipe = checkpoint["recipe"]
     table, pictures = explain.read_split(checkpoint, data, "all")
@@ -283,7 +289,7 @@ def ranked(run, data, drift=0.3, most=0.1):
     measured = np.array([explain.local_intensity(picture, recipe, drift).ravel() for picture in pictures])
 
     def compute_evidence(rows):
-        """Evidence at the features (F,), from some of the pictures, and what was taken out of them."""
+        """(evidence at the features (F,), removed components), from the pictures of these rows."""
         components = explain.find_common_components(measured[rows], p[rows], most=most)
         evidence = explain.compute_evidence(measured[rows], p[rows], components)
         return explain.look_up(evidence, features, recipe), components
@@ -293,11 +299,11 @@ def ranked(run, data, drift=0.3, most=0.1):
     at_features = explain.look_up(measured, features, recipe)  # (N, F)
     found = explain.compute_evidence_p(r, len(p) - 2 - components.shape[1])["q"] < 0.05
     t = ttest_ind(at_features[exposed], at_features[~exposed], equal_var=False).statistic
-    aucs = {"evidence": r, "of test pictures": r_test, "t-test of phenotypes": t}
+    aucs = {"evidence": r, "evidence, test pictures": r_test, "t-test of phenotypes": t}
     layers = explain.choose_layers(model)
     if layers:
-        heat = sum(explain.compute_cams(model, layers, recipe, [pictures[i] for i in np.flatnonzero(exposed)], 1))
-        aucs["LayerCAM"] = explain.look_up(heat.ravel(), features, recipe)
+        cam = sum(explain.compute_cams(model, layers, recipe, [pictures[i] for i in np.flatnonzero(exposed)], 1))
+        aucs["LayerCAM"] = explain.look_up(cam.ravel(), features, recipe)
 
     order = np.argsort(-abs(r))
     hits = found & planted
@@ -310,7 +316,7 @@ def ranked(run, data, drift=0.3, most=0.1):
 
 
 def ranking():
-    """Planted against background features, by evidence of the pixels, of a network, and of one of shuffled labels."""
+    """Rank planted and background features by evidence of pixels and networks, one with shuffled labels."""
     models = {
         "pixels": MODELS["pixels"],
         "network": NETWORK,
@@ -318,47 +324,47 @@ def ranking():
     }
     header = None
     for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
-        data = cohort_of(kind, seed)
+        data = make_cohort(kind, seed)
         for model, flags in models.items():
-            row = ranked(run_of(data, name_of(model), [*flags, "--seed", seed]), data)
+            row = compute_ranking(train_or_find(data, name_of(model), [*flags, "--seed", seed]), data)
             if header is None:
-                header = f"| Cohort | Of | {' | '.join(row)} |"
+                header = f"| Cohort | Model | {' | '.join(row)} |"
                 print(header + "\n| --- | --- " + "| --- " * len(row) + "|")
             print(f"| {data} | {model} | {' | '.join(row.values())} |", flush=True)
 
 
 def bins():
-    """The same runs in coarse and fine pictures, for two ways to divide; unseen cohorts with --seeds."""
-    header = "Cohort | Bins | Divided by | t-test of phenotypes | evidence, nothing taken out | evidence"
+    """Compare coarse and fine pictures of the same files, with two normalisations; --seeds: new cohorts."""
+    header = "Cohort | Bins | Divided by | t-test of phenotypes | evidence, nothing removed | evidence"
     print(f"| {header} |\n" + "| --- " * 6 + "|")
     for kind, seed in itertools.product(("demo", "crowd"), SEEDS):
-        source = cohort_of(kind, seed)
+        source = make_cohort(kind, seed)
         for n, normalize in itertools.product((256, 1024), ("quantile", "rt")):
             data = Path(f"{source}-{n}-{normalize}")
             flags = [*AXES[2:], "--bins", n, "--test", 0.15, "--seed", seed, "--normalize", normalize]
             call(convert.main, source / "raw", source / "raw/samples.csv", data, *flags)
             shutil.copy(source / "features.csv", data)
-            run = run_of(data, "pixels", [*MODELS["pixels"], "--seed", seed])
-            row, plain = ranked(run, data), ranked(run, data, most=0)
+            run = train_or_find(data, "pixels", [*MODELS["pixels"], "--seed", seed])
+            row, plain = compute_ranking(run, data), compute_ranking(run, data, most=0)
             cells = [row["t-test of phenotypes"], plain["evidence"], row["evidence"]]
             print(f"| {source} | {n} | {normalize} | {' | '.join(cells)} |", flush=True)
 
 
-def cohort_of(kind, seed):
-    """The folder of a cohort to rank in, made if it is not there."""
+def make_cohort(kind, seed):
+    """Folder of a cohort for a ranking; writes the cohort if it is missing."""
     if kind == "demo":
-        return demo_of(seed)
+        return make_demo(seed)
     folder = Path(f"crowd{seed}")
     if not (folder / "samples.csv").exists():
-        crowd(folder, seed)
+        write_crowd(folder, seed)
     return folder
 
 
-# ---------------------------------------------------------------- is heat faithful?
-def seen_through(model, recipe, pictures, maps, k):
-    """Average drop of the probability of class k when a picture is seen through its map (Chattopadhay et al. 2018).
+# ---------------------------------------------------------------- faithfulness of CAMs
+def compute_drops(model, recipe, pictures, maps, k):
+    """Average drop of the probability of class k for pictures multiplied by their CAMs (Chattopadhay et al. 2018).
 
-    Where the map is 0 the picture fades to zero intensity. The control is the same map moved by half of both axes.
+    The picture fades to zero intensity where the CAM is 0. The control is the same CAM moved by half of both axes.
     """
     zero = train.make_inputs(model, recipe, [np.zeros_like(pictures[0])])
     x = train.make_inputs(model, recipe, pictures)
@@ -379,23 +385,25 @@ def seen_through(model, recipe, pictures, maps, k):
 
 
 def faithful():
-    print("| Cohort | Drop, seen through the map | through the same map moved |\n| --- | --- | --- |")
+    print("| Cohort | Drop with the CAM | with the moved CAM |\n| --- | --- | --- |")
     for seed in SEEDS:
-        model, checkpoint = train.load_run(run_of(f"cohort{seed}", name_of("all trained"), MODELS["all trained"]))
+        model, checkpoint = train.load_run(
+            train_or_find(f"cohort{seed}", name_of("all trained"), MODELS["all trained"])
+        )
         recipe = checkpoint["recipe"]
         table, pictures = explain.read_split(checkpoint, f"cohort{seed}", "val")
         pictures = [pictures[i] for i in np.flatnonzero(table["phenotype"] == "exposed")]
         maps = list(explain.compute_cams(model, explain.choose_layers(model), recipe, pictures, 1))
-        drops = seen_through(model, recipe, pictures, maps, 1)
+        drops = compute_drops(model, recipe, pictures, maps, 1)
         print(f"| {seed} | {drops['map']:.3f} | {drops['moved map']:.3f} |", flush=True)
 
 
-# ---------------------------------------------------------------- what the classifier should not have learned
+# ---------------------------------------------------------------- confounders, retention shifts and other methods
 
 
 def confounded():
-    """70 runs without biology, half of them 3.6 s later: those of the second class, or every other run of both."""
-    print("| Cohort | Later are | Of | AUC of predictions, test | Told apart alone by |")
+    """70 files without differences between classes. Half elute 3.6 s later: the exposed, or half of each class."""
+    print("| Cohort | Later files | Model | AUC of predictions, test | Flagged confounders |")
     print("| --- | --- | --- | --- | --- |")
     for seed in SEEDS:
         for later in ("the exposed", "half of each"):
@@ -408,7 +416,7 @@ def confounded():
                 late = exposed if later == "the exposed" else i % 4 > 1
                 rng = np.random.default_rng([seed, 1, i])
                 moved = compounds.assign(rt=compounds["rt"] + 0.06 * late)
-                scans = demo.simulate_run(rng, moved, lines, False, batches[0])
+                scans = demo.simulate_scans(rng, moved, lines, False, batches[0])
                 demo.write_mzml(folder / f"raw/run{i:02d}.mzML", scans)
                 samples.append((f"run{i:02d}", demo.PHENOTYPES[exposed], i // 2 + 35 * late))
             columns = ["sample_name", "phenotype", "injection_order"]
@@ -416,7 +424,7 @@ def confounded():
             axes = ["--rt-range", 0, 10, "--mz-range", 100, 900, "--bins", 256, "--test", 0.4]
             call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *axes)
             for model in ("pixels", "all trained"):
-                run = run_of(folder, name_of(model), MODELS[model])
+                run = train_or_find(folder, name_of(model), MODELS[model])
                 call(evaluate.main, run)
                 result = json.loads((run / "metrics.json").read_text())
                 flagged = ", ".join(f"{name} ({result['confounders'][name]['auc']:.2f})" for name in result["flagged"])
@@ -425,12 +433,12 @@ def confounded():
 
 
 def drift():
-    """Runs of the test split, their scans moved by a constant, predicted as new files: warned of, and right."""
-    print("| Cohort | Of | Minutes later | Warned of | Median of rt_shift | Accuracy |\n" + "| --- " * 6 + "|")
+    """Predict test files as new files after a constant retention shift: warnings and accuracy."""
+    print("| Cohort | Model | Minutes later | With a warning | Median of rt_shift | Accuracy |\n" + "| --- " * 6 + "|")
     for seed in SEEDS:
-        data = demo_of(seed)
+        data = make_demo(seed)
         for model, flags in {"pixels": MODELS["pixels"], "network": NETWORK}.items():
-            run = run_of(data, f"drift-{model}", flags)
+            run = train_or_find(data, f"drift-{model}", flags)
             for minutes in (0, -0.4, 0.4, 0.6):
 
                 def write_moved(path, minutes=minutes, data=data):
@@ -445,7 +453,7 @@ def drift():
 
 
 def predict_changed(run, data, name, write):
-    """Predict what `write` makes of each test run, as new files -> (table of evaluate.py, which calls are right)."""
+    """Predict the new file that `write` makes from each test file -> (table of evaluate.py, correct (N,))."""
     test = deeplcms.find_pictures(data)[0].query("split == 'test'").set_index("sample_name")["phenotype"]
     folder, out = Path(f"{data}-{name}"), run / f"{name}.csv"
     folder.mkdir(exist_ok=True)
@@ -472,55 +480,55 @@ CHANGES = {
 
 
 def level():
-    """Test runs as another method writes them: the ratio of their scales, warned of, and right; means over cohorts."""
+    """Predict test files of another simulated method: ratios of scales, warnings and accuracy over cohorts."""
     models = {name: MODELS[name] for name in ("pixels", "head on several scales")}
-    header = "Change | 90th percentile of lit bins | 0.85 quantile after the wide filter | warned of"
+    header = "Change | 90th percentile of lit bins | 0.85 quantile after the wide filter | with a warning"
     print(f"| {header} | {' | '.join(models)} |\n" + "| --- " * 6 + "|")
     for name, change in CHANGES.items():
         ratios, warned, n, right = [], 0, 0, {model: [] for model in models}
         for seed, model in itertools.product(SEEDS, models):
-            data = demo_of(seed)
-            run = run_of(data, f"level-{name_of(model)}", models[model])
+            data = make_demo(seed)
+            run = train_or_find(data, f"level-{name_of(model)}", models[model])
             compounds, lines, batches = demo.demo_cohort(seed)
 
             def write_changed(path, seed=seed, change=change, shared=(compounds, lines), batches=batches):
                 i = int(path.stem.removeprefix("run"))
                 rng, batch = np.random.default_rng([seed, 1, i]), batches[demo.batch_of(i)]
-                demo.write_mzml(path, demo.simulate_run(rng, *shared, i % 2 == 1, batch, **change))
+                demo.write_mzml(path, demo.simulate_scans(rng, *shared, i % 2 == 1, batch, **change))
 
             table, correct = predict_changed(run, data, name_of(name), write_changed)
             right[model].append(correct.mean())
             warned, n = warned + (table["warning"] != "").sum(), n + len(table)
             recipe = deeplcms.find_pictures(data)[1]
             for path in sorted(Path(f"{data}-{name_of(name)}").glob("*"))[:5]:
-                before, after = (scales_of(p, recipe) for p in (data / "raw" / path.name, path))
+                before, after = (compute_scales(p, recipe) for p in (data / "raw" / path.name, path))
                 ratios.append(after / before)
         cells = [*(f"{ratio:.2f}" for ratio in np.median(ratios, axis=0)), f"{warned} of {n}"]
         cells += [f"{np.mean(values):.3f}" for values in right.values()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def scales_of(path, recipe):
-    """What a run is divided by: the 90th percentile of the bins that hold anything (before), and the quantile (now)."""
+def compute_scales(path, recipe):
+    """(90th percentile of the filled bins, the old divisor; 0.85 quantile after a wide filter, the present one)."""
     counts, _ = deeplcms.make_histogram(path, recipe)
     wide = gaussian_filter(counts, np.divide(recipe.bins, 125))
     return np.array([np.quantile(counts[counts > 0], 0.9), np.quantile(wide, 0.85)])
 
 
-def demo_of(seed):
-    """A demo cohort of 280 runs, 42 of them for testing."""
+def make_demo(seed):
+    """Make a demo cohort of 280 files, 42 of them for testing; returns its folder."""
     call(demo.main, f"demo{seed}", "--seed", seed, "--runs", 280, "--test", 0.15)
     return Path(f"demo{seed}")
 
 
-# ---------------------------------------------------------------- is a probability honest?
+# ---------------------------------------------------------------- calibration
 
 
 def weak():
-    """150 runs whose 24 planted compounds differ by a factor of 1.3: is a solved head as sure as it is right?"""
-    columns = ["Accuracy", "mean confidence", "loss", "class shares alone", "Brier score", "ROC AUC"]
+    """Compare confidence and accuracy on 150 files whose 24 planted compounds differ by a factor of 1.3."""
+    columns = ["Accuracy", "mean confidence", "loss", "baseline loss", "Brier score", "ROC AUC"]
     print(f"| Cohort | Exposed | {' | '.join(columns)} |\n" + "| --- " * 8 + "|")
-    # Of sixteen runs in turn: each batch has the same share of exposed ones.
+    # Indices of the exposed among sixteen files in turn. Each batch has the same share of them.
     shares = {"half": range(1, 16, 2), "quarter": (1, 2, 12, 15)}
     for seed, share in itertools.product(SEEDS, shares):
         folder = Path(f"weak{seed}-{share}")
@@ -533,12 +541,12 @@ def weak():
             path = folder / f"raw/run{i:03d}.mzML"
             samples.append((path.stem, demo.PHENOTYPES[exposed]))
             if not path.exists():
-                demo.write_mzml(path, demo.simulate_run(rng, compounds, lines, exposed, batches[demo.batch_of(i)]))
+                demo.write_mzml(path, demo.simulate_scans(rng, compounds, lines, exposed, batches[demo.batch_of(i)]))
         pd.DataFrame(samples, columns=["sample_name", "phenotype"]).to_csv(folder / "raw/samples.csv", index=False)
         flags = [*AXES, "--test", 0.4, "--seed", seed]
         call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *flags)
-        run = run_of(folder, "pixels", MODELS["pixels"])
-        result = judged(run)
+        run = train_or_find(folder, "pixels", MODELS["pixels"])
+        result = evaluate_run(run)
         table = pd.read_csv(run / "predictions.csv")
         p, labels = table["probability_exposed"].to_numpy(), (table["phenotype"] == "exposed").to_numpy(int)
         loss = -np.log(np.where(labels, p, 1 - p)).mean()
@@ -549,7 +557,7 @@ def weak():
 
 
 def shuffled_folds():
-    """Labels of the 40 runs dealt out anew, eight times for each cohort: metrics of all five folds together."""
+    """Metrics over all five folds of the 40 runs with shuffled labels, eight times for each cohort."""
     print("| | Accuracy, its standard error | ROC AUC, its standard error |\n| --- | --- | --- |")
     for model in ("pixels", "head on several scales"):
         rows = []
@@ -590,9 +598,9 @@ if __name__ == "__main__":
     tables = {function.__name__: function for function in tables}
     parser.add_argument("table", choices=tables)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="of the cohorts (default: 2643 1 2), or of main's trainings"
+        "--seeds", type=int, nargs="+", help="seeds of the cohorts (default: 2643 1 2), or of the trainings of main"
     )
-    parser.add_argument("--weights", metavar="FILE", help="of tf_efficientnet_lite0 (default: from the Hub)")
+    parser.add_argument("--weights", metavar="FILE", help="weights of tf_efficientnet_lite0 (default: from the Hub)")
     parser.add_argument("--out", default="experiments", help="folder for cohorts and runs")
     args = parser.parse_args()
     SEEDS = args.seeds or (MAIN_SEEDS if args.table == "main" else SEEDS)
@@ -603,5 +611,5 @@ if __name__ == "__main__":
     os.chdir(args.out)
     torch.set_num_threads(1)
     if args.table not in ("main", "ranking", "bins", "confounded", "drift", "level", "weak"):
-        cohorts()
+        write_cohorts()
     tables[args.table]()

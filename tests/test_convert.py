@@ -1,4 +1,4 @@
-"""deeplcms.py and convert.py: one run -> one exact picture, and a cohort that survives broken files and kill -9."""
+"""Tests of deeplcms.py and convert.py: exact pictures of raw files, bad files, and killed conversions."""
 
 import bz2
 import gzip
@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 import pyopenms
 import pytest
-from conftest import PEAK, ROOT, beside, call, random_scans, run
-from demo import demo_cohort, demo_compounds, simulate_run, write_mzml
+from conftest import PEAK, ROOT, folder_beside, call, random_scans, run
+from demo import demo_cohort, demo_compounds, simulate_scans, write_mzml
 from demo import write_cohort as write_demo
 from PIL import Image, PngImagePlugin
 from scipy.io import netcdf_file
@@ -28,11 +28,11 @@ import convert
 import deeplcms
 from deeplcms import InputError, Recipe, compute_chromatogram, compute_metrics, measure_rt_shift
 
-FAST = ["--rt-range", 0, 2, "--mz-range", 100, 300, "--bins", 32]  # given axes: each file is read once
+FAST = ["--rt-range", 0, 2, "--mz-range", 100, 300, "--bins", 32]  # with given axes each file is read once
 
 
 def write_cohort(folder, names):
-    """folder/raw/*.mzML and folder/samples.csv; every second run is a case."""
+    """Write folder/raw/*.mzML and folder/samples.csv; every second sample is a case."""
     (folder / "raw").mkdir(parents=True)
     for seed, name in enumerate(names):
         write_mzml(folder / "raw" / f"{name}.mzML", random_scans(seed))
@@ -45,8 +45,8 @@ def list_files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_histogram_is_numpys(path, recipe):
-    """Against numpy.histogram2d of all MS1 peaks, loaded by pyopenms and put into flat arrays."""
+def assert_histogram_equals_numpy(path, recipe):
+    """Compare with numpy.histogram2d of all MS1 peaks, which pyopenms loads."""
     experiment = pyopenms.MSExperiment()
     pyopenms.FileHandler().loadExperiment(str(path), experiment)
     scans = [s for s in experiment if s.getMSLevel() == 1 and s.size()]
@@ -64,21 +64,21 @@ def assert_histogram_is_numpys(path, recipe):
     return counts
 
 
-# ---------------------------------------------------------------- one run
+# ---------------------------------------------------------------- one raw file
 
 
-def test_histogram_is_numpys_on_edges_outside_and_unsorted(tmp_path):
+def test_the_histogram_equals_numpys_for_edge_outside_and_unsorted_peaks(tmp_path):
     edges = np.linspace(100, 300, 33)
     scans = random_scans(0) + [(0.0, edges, np.ones(33)), (120.0, edges[::-1], np.full(33, 2.0))]
     scans += [(60.0, np.array([99.0, 300.0, 301.0]), np.array([5.0, 7.0, 5.0])), (121.0, edges, np.ones(33))]
     write_mzml(tmp_path / "run.mzML", scans)
-    counts = assert_histogram_is_numpys(tmp_path / "run.mzML", Recipe(0, 2, 100, 300, bins=(24, 32)))
-    assert counts[-1, -1] >= 4  # both peaks of the corner: the last bins include their right edges
-    assert_histogram_is_numpys(tmp_path / "run.mzML", Recipe(0.5, 1.5, 150.5, 250.25, bins=(7, 11)))
+    counts = assert_histogram_equals_numpy(tmp_path / "run.mzML", Recipe(0, 2, 100, 300, bins=(24, 32)))
+    assert counts[-1, -1] >= 4  # both corner peaks: the last bins include their right edges
+    assert_histogram_equals_numpy(tmp_path / "run.mzML", Recipe(0.5, 1.5, 150.5, 250.25, bins=(7, 11)))
 
 
 @pytest.mark.parametrize("n", [1, 500])
-def test_sums_of_a_scan_are_numpys_histogram(n, tmp_path):
+def test_the_binned_sums_of_one_scan_equal_numpys_histogram(n, tmp_path):
     rng, edges = np.random.default_rng(n), np.linspace(100, 300, 33)
     mz = np.sort(np.append(rng.uniform(90, 310, n), edges[: n // 10]))
     intensity = rng.integers(1, 1000, len(mz)).astype(np.float32)
@@ -88,14 +88,14 @@ def test_sums_of_a_scan_are_numpys_histogram(n, tmp_path):
     assert statistics["n_scans"] == 2 and statistics["n_peaks"] == len(mz)
 
 
-def test_histogram_is_numpys_on_real_runs(real_runs, odd_files):
-    for path in (real_runs / "ko15.mzML", odd_files / "lcms.mzML.gz"):
+def test_the_histogram_equals_numpys_for_real_files(real_files, odd_files):
+    for path in (real_files / "ko15.mzML", odd_files / "lcms.mzML.gz"):
         statistics = convert.read_statistics(path, 0)
         axes = [statistics[side] for side in ("rt_first", "rt_last", "mz_low", "mz_high")]
-        assert_histogram_is_numpys(path, Recipe(*axes))
+        assert_histogram_equals_numpy(path, Recipe(*axes))
 
 
-def test_every_format_and_time_unit_gives_the_same_run(tmp_path):
+def test_all_formats_and_time_units_give_the_same_statistics(tmp_path):
     path = tmp_path / "run.mzML"
     write_mzml(path, [(60.0 * i, *scan) for i, (_, *scan) in enumerate(random_scans(1, 5))])
     in_minutes = path.read_text().replace('unitAccession="UO:0000010" unitName="second"', 'unitAccession="UO:0000031"')
@@ -116,7 +116,7 @@ def test_every_format_and_time_unit_gives_the_same_run(tmp_path):
 
 
 def write_cdf(path, scans, attributes=(), types=("d", "f"), scale=1):
-    """ANDI-MS file of scans (seconds, m/z, intensity); the intensities are divided by scale, its scale_factor."""
+    """Write an ANDI-MS file of scans (seconds, m/z, intensity). Stored intensities are divided by scale_factor."""
     counts = [len(mz) for _, mz, _ in scans]
     with netcdf_file(path, "w") as file:
         for name, value in dict(attributes).items():
@@ -138,7 +138,7 @@ def write_cdf(path, scans, attributes=(), types=("d", "f"), scale=1):
     return path
 
 
-def test_a_cdf_file_gives_the_picture_of_the_mzml_file(tmp_path):
+def test_a_cdf_file_and_an_mzml_file_of_one_sample_give_the_same_picture(tmp_path):
     scans = [(7.5 * i, mz, np.round(intensity)) for i, (_, mz, intensity) in enumerate(random_scans(4, 12))]
     scans[5] = (37.5, scans[5][1][:0], scans[5][2][:0])  # an empty scan
     write_mzml(tmp_path / "run.mzML", scans)
@@ -155,7 +155,7 @@ def test_a_cdf_file_gives_the_picture_of_the_mzml_file(tmp_path):
         assert (picture == expected).all() and found == statistics, name
 
 
-def test_a_cdf_file_tells_its_polarity_and_start_and_its_name_may_stand_in_the_table(tmp_path):
+def test_polarity_and_start_time_are_read_from_a_cdf_file(tmp_path):
     stated = {"test_ionization_polarity": "Negative Polarity", "experiment_date_time_stamp": "20140226103900+0100"}
     (tmp_path / "raw").mkdir()
     rows = ["sample_name,phenotype,split"]
@@ -175,7 +175,7 @@ def test_a_cdf_file_tells_its_polarity_and_start_and_its_name_may_stand_in_the_t
         statistics_of(path, only_polarity="positive")
 
 
-def test_a_damaged_or_foreign_cdf_file_ends_in_one_line(tmp_path):
+def test_a_damaged_or_foreign_cdf_file_gives_an_error_of_one_line(tmp_path):
     scans = random_scans(0, 5)
     whole = write_cdf(tmp_path / "run.cdf", scans).read_bytes()
     damaged = {"half": whole[: len(whole) // 2], "short": whole[:-8], "hdf5": b"\x89HDF\r\n\x1a\n" + bytes(500)}
@@ -198,15 +198,15 @@ def test_a_damaged_or_foreign_cdf_file_ends_in_one_line(tmp_path):
         statistics_of(tmp_path / "zero.cdf")
 
 
-def test_a_real_cdf_file_becomes_a_picture(real_runs):
-    path = next(beside(real_runs, "wines").glob("*_03_vrb_alpha_seq_no6.CDF"))
+def test_a_real_cdf_file_becomes_a_picture(real_files):
+    path = next(folder_beside(real_files, "wines").glob("*_03_vrb_alpha_seq_no6.CDF"))
     picture, statistics = deeplcms.make_picture(path, Recipe(5, 36, 35, 350, (100, 100)))
     assert (statistics["n_scans"], statistics["n_peaks"], statistics["polarity"]) == (8248, 145304, "+")
     assert statistics["start_time"] == "2014-02-26 10:39:00" and statistics["outside"] < 1e-5
     assert picture.shape == (100, 100) and picture.any()
 
 
-def test_ms2_is_left_out_and_time_order_and_empty_scans_do_not_matter(tmp_path):
+def test_ms2_scans_empty_scans_and_the_order_of_scans_do_not_affect_the_histogram(tmp_path):
     scans = random_scans(2, 6)
     write_mzml(tmp_path / "plain.mzML", scans)
     mixed = pyopenms.MSExperiment()
@@ -225,7 +225,7 @@ def test_ms2_is_left_out_and_time_order_and_empty_scans_do_not_matter(tmp_path):
         assert counts.sum() == pytest.approx(plain.sum(), rel=1e-6)
 
 
-def test_when_a_run_was_started_is_kept_where_its_file_says_so(tmp_path):
+def test_the_start_time_in_an_mzml_file_is_written_to_the_sample_table(tmp_path):
     (tmp_path / "raw").mkdir()
     rows = ["sample_name,phenotype,split,start_time"]
     for i, split in enumerate(["train", "val", "test"] * 2):
@@ -237,13 +237,13 @@ def test_when_a_run_was_started_is_kept_where_its_file_says_so(tmp_path):
         rows.append(f"r{i},{'AB'[i // 3]},{split},never")
     (tmp_path / "samples.csv").write_text("\n".join(rows))
     command = "convert.py", "raw", "samples.csv", "data", "--bins", 20
-    for _ in range(2):  # the second time from the pictures
+    for _ in range(2):  # the second call reads the pictures
         assert run(*command, cwd=tmp_path) == (0, "")
         times = deeplcms.read_table(tmp_path / "data/samples.csv")["start_time"].tolist()
         assert times == [f"2026-11-03 10:{i:02d}:00" if i != 4 else "" for i in range(6)]
 
 
-def test_peak_at_437_min_and_mz_462175_lights_the_pixel_at_that_place(tmp_path):
+def test_a_peak_at_4_37_min_and_mz_462_175_lights_the_pixel_at_that_place(tmp_path):
     recipe = Recipe(0, 10, 100, 900, bins=(200, 320))
     write_mzml(tmp_path / "m3g.mzML", [(PEAK[0] * 60, np.array([PEAK[1]]), np.array([1e6]))])
     picture, _ = deeplcms.make_picture(tmp_path / "m3g.mzML", recipe)
@@ -256,7 +256,7 @@ def test_peak_at_437_min_and_mz_462175_lights_the_pixel_at_that_place(tmp_path):
     assert not lit[0].any() and not lit[:, 0].any()
 
 
-def test_a_png_holds_the_picture_and_shows_its_colours_in_jet(tmp_path):
+def test_a_png_stores_the_levels_of_the_picture_and_displays_them_in_jet(tmp_path):
     write_mzml(tmp_path / "run.mzML", random_scans(3))
     recipe = Recipe(0, 2, 100, 300, bins=(24, 32), normalize="rt")
     convert.write_pictures(tmp_path / "run.mzML", [(tmp_path / "run.png", (0, 0))], recipe)
@@ -270,48 +270,50 @@ def test_a_png_holds_the_picture_and_shows_its_colours_in_jet(tmp_path):
     assert np.array(text["chromatogram"].split(), float) == pytest.approx(compute_chromatogram(picture), abs=1e-4)
 
 
-def test_normalisation_and_filter():
+def test_normalize_rt_divides_by_scan_and_the_filter_spreads_intensity_everywhere():
     counts = np.zeros((4, 4))
-    counts[1, 1], counts[2, 2] = 10, 1000  # two times, the second a hundredfold
+    counts[1, 1], counts[2, 2] = 10, 1000  # two times; the second bin is 100 times the first
     plain = Recipe(0, 1, 0, 1, bins=(4, 4), sigma=0.0, normalize="rt")
     rt = deeplcms.render_histogram(counts, plain)
     both = deeplcms.render_histogram(counts, replace(plain, normalize="global"))
-    assert rt[2, 1] == rt[1, 2] == 255 and (rt > 0).sum() == 2  # m/z points up: bin 1 of 4 is row 2 from the top
+    assert (
+        rt[2, 1] == rt[1, 2] == 255 and (rt > 0).sum() == 2
+    )  # the m/z axis points up: bin 1 of 4 is row 2 from the top
     assert both[1, 2] == 255 and both[2, 1] == pytest.approx(256 * np.log1p(2.55) / np.log(256), abs=1)
     assert (deeplcms.render_histogram(counts, replace(plain, sigma=1.0)) > 0).all()
 
 
-def test_a_compound_keeps_its_level_whatever_elutes_with_it():
+def test_the_level_of_a_compound_does_not_depend_on_coeluting_compounds():
     counts = np.full((200, 200), 0.5)
     counts[40, 80] = 30
     plain = Recipe(0, 1, 0, 1, bins=(200, 200), sigma=0.0)
     before = deeplcms.render_histogram(counts, plain)
-    assert np.array_equal(before, deeplcms.render_histogram(1024 * counts, plain))  # more of the same sample
-    assert before[119, 40] == int(256 * np.log1p(30 / 0.5) / np.log(256))  # most of the picture is at 0.5
-    counts[40, 160] = 400  # a strong neighbour elutes with it
+    assert np.array_equal(before, deeplcms.render_histogram(1024 * counts, plain))  # a larger amount of the same sample
+    assert before[119, 40] == int(256 * np.log1p(30 / 0.5) / np.log(256))  # most bins are 0.5
+    counts[40, 160] = 400  # a strong compound coelutes
     after = deeplcms.render_histogram(counts, plain)
     assert after[39, 40] == 255 and (after != before).sum() == 1
     by_time = replace(plain, normalize="rt")
-    assert deeplcms.render_histogram(counts, by_time)[119, 40] < 160  # there it was 255 and is dimmed
+    assert deeplcms.render_histogram(counts, by_time)[119, 40] < 160  # it was 255 before
 
 
 @pytest.mark.parametrize(("bins", "sigma"), [(64, 0.0), (256, 2.0), (500, 2.0)])
-def test_a_level_does_not_follow_noise_threshold_or_scan_rate(bins, sigma, tmp_path):
+def test_the_level_of_a_compound_does_not_depend_on_noise_threshold_or_scan_rate(bins, sigma, tmp_path):
     compounds, lines, batches = demo_cohort(1)
     recipe = Recipe(0, 10, 100, 900, bins=(bins, bins), sigma=sigma)
 
     def picture(**method):
-        scans = simulate_run(np.random.default_rng(1), compounds, lines, True, batches[0], **method)
+        scans = simulate_scans(np.random.default_rng(1), compounds, lines, True, batches[0], **method)
         write_mzml(tmp_path / "run.mzML", scans)
         return deeplcms.make_picture(tmp_path / "run.mzML", recipe)[0].astype(int)
 
     before = picture()
-    bright = before > np.quantile(before, 0.97)  # compounds
+    bright = before > np.quantile(before, 0.97)  # pixels of compounds
     for method in ({"noise": 400}, {"threshold": 5e3}, {"interval": 1.0}, {"gain": 10, "threshold": 1e4}):
         assert abs(np.median((picture(**method) - before)[bright])) <= 5, method  # 32 levels are a factor of two
 
 
-def test_a_nearly_empty_run_and_one_without_a_filter_become_pictures():
+def test_a_nearly_empty_file_becomes_a_picture_without_the_filter():
     counts = np.zeros((100, 100))
     counts[20, 30], counts[60, 70] = 1, 100
     picture = deeplcms.render_histogram(counts, Recipe(0, 1, 0, 1, bins=(100, 100), sigma=0.0))
@@ -319,7 +321,7 @@ def test_a_nearly_empty_run_and_one_without_a_filter_become_pictures():
     assert (picture > 0).sum() == 2
 
 
-def test_pictures_of_a_scale_that_is_no_longer_made_are_refused_in_one_line(tmp_path):
+def test_pictures_with_an_old_normalisation_are_refused(tmp_path):
     write_mzml(tmp_path / "run.mzML", random_scans(3))
     recipe = Recipe(0, 2, 100, 300, bins=(24, 32), normalize="p90")
     convert.write_pictures(tmp_path / "run.mzML", [(tmp_path / "run.png", (0, 0))], recipe)
@@ -327,7 +329,7 @@ def test_pictures_of_a_scale_that_is_no_longer_made_are_refused_in_one_line(tmp_
         deeplcms.read_header(tmp_path / "run.png")
 
 
-def test_min_intensity_drops_weaker_peaks(tmp_path):
+def test_min_intensity_removes_weaker_peaks(tmp_path):
     write_mzml(tmp_path / "run.mzML", [(60.0, np.array([150.0, 250.0]), np.array([99.0, 100.0]))])
     recipe = Recipe(0, 2, 100, 300, (1, 2), min_intensity=100)
     counts, statistics = deeplcms.make_histogram(tmp_path / "run.mzML", recipe)
@@ -336,20 +338,20 @@ def test_min_intensity_drops_weaker_peaks(tmp_path):
         convert.read_statistics(tmp_path / "run.mzML", 101)
 
 
-def test_every_setting_of_a_recipe_survives_text_and_tells_two_pictures_apart():
-    usual = Recipe(0.1, 9.7, 100.123456789, 900.0)
+def test_every_setting_of_a_recipe_is_stored_as_text_and_compared():
+    typical = Recipe(0.1, 9.7, 100.123456789, 900.0)
     other = {int: 7, float: 0.25, str: "global", tuple: (3, 5), bool: True}
     for field in fields(Recipe):
-        changed = replace(usual, **{field.name: other[field.type]})
-        assert Recipe.from_text(changed.to_text()) == changed != usual
+        changed = replace(typical, **{field.name: other[field.type]})
+        assert Recipe.from_text(changed.to_text()) == changed != typical
         with pytest.raises(InputError, match=f"{field.name} is "):
-            deeplcms.check_recipe(changed, usual, "picture.png")
+            deeplcms.check_recipe(changed, typical, "picture.png")
         with pytest.raises(KeyError, match=field.name):
-            Recipe.from_text({name: text for name, text in usual.to_text().items() if name != field.name})
+            Recipe.from_text({name: text for name, text in typical.to_text().items() if name != field.name})
 
 
 @pytest.mark.parametrize(("rt", "mz"), [(3, 0), (-3, 0), (0, 4), (0, -4), (2, 3), (-2, -3)])
-def test_shifted_copy_moves_right_and_up_and_never_wraps(rt, mz):
+def test_a_shifted_copy_moves_right_and_up_and_never_wraps(rt, mz):
     picture = np.arange(1, 121, dtype=np.uint8).reshape(10, 12)
     copy = convert.shift_picture(picture, rt, mz)
     for y in range(10):
@@ -358,18 +360,18 @@ def test_shifted_copy_moves_right_and_up_and_never_wraps(rt, mz):
             assert copy[y, x] == (picture[y + mz, x - rt] if inside else 0)
 
 
-def test_shifts_are_reproducible_and_differ_between_pictures_and_within_one():
+def test_the_shifts_of_a_picture_are_reproducible_and_all_different():
     first, again, other = (convert.draw_shifts(name, 9, (5, 5), 2643) for name in ("run1", "run1", "run2"))
     assert first == again != other and len(set(first)) == 9 and (0, 0) not in first
     assert len(set(convert.draw_shifts("run1", 8, (1, 1), 0))) == 8
-    assert {mz for _, mz in convert.draw_shifts("run1", 9, (5, 0), 2643)} == {0}  # along time alone
+    assert {mz for _, mz in convert.draw_shifts("run1", 9, (5, 0), 2643)} == {0}  # shifts along retention time only
 
 
-# ---------------------------------------------------------------- drift
+# ---------------------------------------------------------------- retention shift and unusual files
 
 
 @pytest.mark.parametrize("bins", [-10, -3, 0, 1, 10])
-def test_drift_is_the_shift_of_a_picture_either_way(bins):
+def test_the_retention_shift_of_a_moved_picture_is_measured_in_both_directions(bins):
     picture, recipe = np.random.default_rng(0).integers(0, 256, (32, 100), np.uint8), Recipe(5, 10, 100, 900, (100, 32))
     later = convert.shift_picture(picture, bins, 0)
     assert measure_rt_shift(compute_chromatogram(later), compute_chromatogram(picture), recipe) == pytest.approx(
@@ -378,32 +380,32 @@ def test_drift_is_the_shift_of_a_picture_either_way(bins):
     assert measure_rt_shift(np.zeros(100), compute_chromatogram(picture), recipe) == 0
 
 
-def test_only_what_lies_far_from_the_training_cohort_is_warned_of():
+def test_statistics_far_from_the_training_cohort_give_a_warning():
     rng = np.random.default_rng(0)
     cohort = {"total_intensity": list(1e8 * rng.lognormal(0, 0.1, 50)), "outside": [0.0] * 50, "rt_first": [0.1] * 50}
     cohort |= {"rt_last": [10.0] * 50, "mz_low": [100.0] * 50, "mz_high": [900.0] * 50}
     cohort |= {"rt_shift": [0.0] * 40 + [0.1] * 9 + [5.0], "scan_kinds": [1.0] * 50, "polarity": ["+"] * 49 + [""]}
     cohort |= {"n_peaks": [1e5] * 50, "n_scans": [600] * 50, "rt_gap": [0.02] * 50}
     recipe = Recipe(0, 10, 100, 900, bins=(250, 250))
-    usual = {"total_intensity": 1e8, "outside": 0.01, "rt_first": 0.2, "rt_last": 9.9}
-    usual |= {"mz_low": 101.0, "mz_high": 880.0, "rt_shift": 0.17, "scan_kinds": 1, "polarity": "+"}
-    usual |= {"n_peaks": 2e5, "n_scans": 500, "rt_gap": 0.5}
-    for statistics in (usual, usual | {"total_intensity": 2e8}, usual | {"polarity": ""}):
+    typical = {"total_intensity": 1e8, "outside": 0.01, "rt_first": 0.2, "rt_last": 9.9}
+    typical |= {"mz_low": 101.0, "mz_high": 880.0, "rt_shift": 0.17, "scan_kinds": 1, "polarity": "+"}
+    typical |= {"n_peaks": 2e5, "n_scans": 500, "rt_gap": 0.5}
+    for statistics in (typical, typical | {"total_intensity": 2e8}, typical | {"polarity": ""}):
         assert deeplcms.find_anomalies(statistics, cohort, recipe) == ""
-    far = {"total_intensity": (1e7, 1e9, 0.0), "outside": (0.2,), "rt_first": (2.0,), "rt_last": (6.0,)}
-    far |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_shift": (0.2, -0.1), "scan_kinds": (2,)}
-    far |= {"n_peaks": (1e6, 1e4), "n_scans": (300, 1200), "rt_gap": (3.0,)}
-    other = deeplcms.find_anomalies(usual | {"polarity": "-", "rt_first": 2.0}, cohort, recipe)
+    unusual = {"total_intensity": (1e7, 1e9, 0.0), "outside": (0.2,), "rt_first": (2.0,), "rt_last": (6.0,)}
+    unusual |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_shift": (0.2, -0.1), "scan_kinds": (2,)}
+    unusual |= {"n_peaks": (1e6, 1e4), "n_scans": (300, 1200), "rt_gap": (3.0,)}
+    other = deeplcms.find_anomalies(typical | {"polarity": "-", "rt_first": 2.0}, cohort, recipe)
     assert other.startswith("rt_first is 2 ") and other.endswith("; polarity is -, unlike the training runs")
-    for name, values in far.items():
+    for name, values in unusual.items():
         for value in values:
-            assert deeplcms.find_anomalies(usual | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
+            assert deeplcms.find_anomalies(typical | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
 
 
 # ---------------------------------------------------------------- metrics
 
 
-def test_the_articles_confusion_counts_give_the_articles_metrics():
+def test_tp_20_tn_7_fn_2_fp_1_give_the_metrics_of_the_article():
     labels = np.repeat([1, 0, 1, 0], [20, 7, 2, 1])  # TP, TN, FN, FP
     logits = np.repeat([2.0, -2.0, -2.0, 2.0], [20, 7, 2, 1])[:, None]
     metrics = compute_metrics(labels, logits)
@@ -411,19 +413,19 @@ def test_the_articles_confusion_counts_give_the_articles_metrics():
     assert rounded == {"accuracy": 0.9, "precision": 0.952, "recall": 0.909, "f1": 0.930}
 
 
-def test_what_is_undefined_is_nan_and_not_zero():
+def test_undefined_metrics_are_nan():
     metrics = compute_metrics(np.array([0, 0]), np.array([[-2.0], [-1.0]]))
     assert np.isnan([metrics["recall"], metrics["precision"], metrics["roc_auc"]]).all() and metrics["accuracy"] == 1
 
 
-def test_auc_counts_ties_half():
+def test_a_tie_counts_half_in_the_auc():
     assert deeplcms.roc_auc(np.array([False, True]), [0.5, 0.5]) == 0.5
     assert deeplcms.roc_auc(np.array([False, False, True, True]), [0.1, 0.4, 0.35, 0.8]) == 0.75
 
 
-def test_three_classes_are_averaged():
-    labels, called = np.array([0, 0, 0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 1, 1, 2, 2, 2])
-    metrics = compute_metrics(labels, np.eye(3)[called])
+def test_precision_and_recall_of_three_classes_are_averaged_over_classes():
+    labels, predicted = np.array([0, 0, 0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    metrics = compute_metrics(labels, np.eye(3)[predicted])
     assert metrics["recall"] == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)
     assert metrics["precision"] == pytest.approx((1 + 1 / 2 + 2 / 3) / 3)
 
@@ -436,7 +438,7 @@ def rows(n, m):
     return table.assign(group=[f"s{i}" for i in range(len(table))])
 
 
-def test_218_and_80_runs_split_214_54_30_stratified():
+def test_218_and_80_samples_are_split_214_54_30_with_stratification():
     table = rows(218, 80)
     table["split"] = convert.assign_splits(table, 0.1, 0.2, 2643)
     assert table["split"].value_counts().to_dict() == {"train": 214, "val": 54, "test": 30}
@@ -446,7 +448,7 @@ def test_218_and_80_runs_split_214_54_30_stratified():
     assert not table["split"].equals(convert.assign_splits(table, 0.1, 0.2, 1))
 
 
-def test_rows_of_one_group_land_in_one_split():
+def test_samples_of_one_group_are_in_one_split():
     table = rows(45, 45).sample(frac=1, random_state=0, ignore_index=True)
     table["group"] = [f"s{i // 3}" for i in range(90)]
     table["split"] = convert.assign_splits(table, 0.1, 0.2, 1)
@@ -475,14 +477,14 @@ def test_rows_of_one_group_land_in_one_split():
         ("sample_name,phenotype,split\na,x,train\nb,y,train\n", "the val split has no x"),
     ],
 )
-def test_bad_tables_end_in_a_clear_line(tmp_path, table, message):
+def test_a_bad_sample_table_gives_an_error_of_one_line(tmp_path, table, message):
     write_cohort(tmp_path, ["a", "b"])
     (tmp_path / "s.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
     status, line = run("convert.py", "raw", "s.csv", "out", cwd=tmp_path)
     assert status == 1 and message in line and "\n" not in line and not (tmp_path / "out").exists()
 
 
-def test_tables_from_spreadsheets_read_the_same(tmp_path):
+def test_all_encodings_and_separators_of_spreadsheets_give_the_same_table(tmp_path):
     lines = (["sample_name", "phenotype"], ["Müller 1", "a"], ["007", "b"])
     for encoding, separator, end in (("utf-8-sig", ";", "\r\n"), ("utf-8", "\t", "\n")):
         (tmp_path / "s.csv").write_bytes(end.join(separator.join(line) for line in lines).encode(encoding))
@@ -490,7 +492,7 @@ def test_tables_from_spreadsheets_read_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "flag"),
     [
         ("--bins 1 2 3", "--bins"),
         ("--bins 0", "--bins"),
@@ -501,17 +503,17 @@ def test_tables_from_spreadsheets_read_the_same(tmp_path):
         ("--workers 0", "--workers"),
     ],
 )
-def test_wrong_usage_names_the_flag_and_is_status_2(flags, named, capsys):
+def test_a_wrong_flag_gives_exit_status_2_and_an_error_with_its_name(flags, flag, capsys):
     with pytest.raises(SystemExit) as end:
         convert.parse_arguments(["raw", "samples.csv", "out", *flags.split()])
-    assert end.value.code == 2 and named in capsys.readouterr().err.partition("error: ")[2]
+    assert end.value.code == 2 and flag in capsys.readouterr().err.partition("error: ")[2]
 
 
-# ---------------------------------------------------------------- files as instruments and colleagues write them
+# ---------------------------------------------------------------- raw files and tables in practice
 
 
 def write_scans(path, scans):
-    """mzML of scans (seconds, m/z, intensity, what to call on the spectrum or on its settings)."""
+    """Write mzML of scans (seconds, m/z, intensity, *calls of methods of the spectrum or its settings)."""
     experiment = pyopenms.MSExperiment()
     for i, (seconds, mz, intensity, *calls) in enumerate(scans):
         spectrum, settings = pyopenms.MSSpectrum(), pyopenms.InstrumentSettings()
@@ -532,7 +534,7 @@ NEGATIVE = ("setPolarity", pyopenms.IonSource.Polarity.NEGATIVE)
 
 
 def window(low, high):
-    """A scan window, as a call of write_scans."""
+    """A call for write_scans that sets a scan window."""
     scan_window = pyopenms.ScanWindow()
     scan_window.begin, scan_window.end = low, high
     return "setScanWindows", [scan_window]
@@ -542,7 +544,7 @@ def statistics_of(path, **settings):
     return deeplcms.make_histogram(path, Recipe(0, 10, 0, 1000, (10, 10), **settings))[1]
 
 
-def test_positive_and_negative_scans_never_share_a_picture(tmp_path):
+def test_a_picture_has_scans_of_one_polarity(tmp_path):
     scans = [(60.0 * i, [200.0 + i % 2], [10.0 + i % 2], (POSITIVE, NEGATIVE)[i % 2]) for i in range(8)]
     both = write_scans(tmp_path / "both.mzML", scans)
     with pytest.raises(InputError, match="^both.mzML: has positive and negative scans; .*--polarity.*msconvert"):
@@ -554,11 +556,11 @@ def test_positive_and_negative_scans_never_share_a_picture(tmp_path):
         assert chosen == statistics_of(one) == statistics_of(one, only_polarity=polarity)
     with pytest.raises(InputError, match=r"^one.mzML: no MS1 peaks \(min_intensity 0, polarity positive\)$"):
         statistics_of(one, only_polarity="positive")
-    write_mzml(tmp_path / "silent.mzML", random_scans(0))  # does not say, so that it may be either
+    write_mzml(tmp_path / "silent.mzML", random_scans(0))  # without polarity, so both are accepted
     assert statistics_of(tmp_path / "silent.mzML", only_polarity="negative")["polarity"] == ""
 
 
-def test_the_polarity_asked_for_is_in_every_picture_and_the_one_found_in_the_table(tmp_path):
+def test_pictures_record_the_requested_polarity_and_the_table_the_measured_one(tmp_path):
     (tmp_path / "raw").mkdir()
     rows = ["sample_name,phenotype,split"]
     for i, split in enumerate(["train", "val", "test"] * 2):
@@ -569,7 +571,7 @@ def test_the_polarity_asked_for_is_in_every_picture_and_the_one_found_in_the_tab
     status, line = run("convert.py", "raw", "s.csv", "out", "--bins", 20, cwd=tmp_path)
     assert status == 1
     command = "convert.py", "raw", "s.csv", "negative", "--bins", 20, "--polarity", "negative"
-    for _ in range(2):  # the second time from the pictures
+    for _ in range(2):  # the second call reads the pictures
         assert run(*command, cwd=tmp_path) == (0, "")
         table, recipe = deeplcms.find_pictures(tmp_path / "negative")
         assert recipe.only_polarity == "negative" and set(table["polarity"]) == {"-"} and set(table["n_scans"]) == {"4"}
@@ -578,13 +580,13 @@ def test_the_polarity_asked_for_is_in_every_picture_and_the_one_found_in_the_tab
 
 
 @pytest.mark.parametrize("mode", ["EMR", "ABSORPTION", "EMISSION"])
-def test_wavelengths_are_no_masses(tmp_path, mode):
+def test_scans_of_light_are_left_out_of_the_picture(tmp_path, mode):
     light = ("setScanMode", getattr(pyopenms.InstrumentSettings.ScanMode, mode))
     path = write_scans(tmp_path / "uv.mzML", [(0, [254.0], [1e9], light), (60, [450.0], [1.0])])
     assert statistics_of(path) == statistics_of(write_scans(tmp_path / "ms.mzML", [(60, [450.0], [1.0])]))
 
 
-def test_what_is_no_peak_is_left_out(tmp_path):
+def test_zero_and_infinite_intensities_are_left_out(tmp_path):
     scans = [(0, [0.0], [0.0]), (60, [400.0, 450.0, 460.0, 470.0], [0.0, 5.0, np.inf, np.nan])]
     statistics = statistics_of(write_scans(tmp_path / "run.mzML", scans))
     assert (statistics["n_peaks"], statistics["total_intensity"]) == (1, 5.0)
@@ -594,29 +596,29 @@ def test_what_is_no_peak_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(("seconds", "mz"), [(-1, 200), (-60, 200), (60, 0), (60, -5), (60, np.inf), (60, np.nan)])
-def test_a_time_or_mass_that_cannot_be_costs_the_run_one_line(tmp_path, seconds, mz):
+def test_an_impossible_time_or_mass_gives_an_error_of_one_line(tmp_path, seconds, mz):
     path = write_scans(tmp_path / "run.mzML", [(30, [100.0], [1.0]), (seconds, [mz], [1.0])])
     with pytest.raises(InputError, match=f"^run.mzML: a scan has an impossible time or m/z: {seconds} s "):
         statistics_of(path)
 
 
-def test_kinds_of_scan_are_told_apart_and_frames_and_moving_windows_are_none(tmp_path):
+def test_scan_modes_windows_and_functions_are_kinds_of_scan_and_moving_windows_are_not(tmp_path):
     sim = ("setScanMode", pyopenms.InstrumentSettings.ScanMode.SIM)
 
-    def kinds(of_scan):
-        scans = [(10.0 * i, [200.0], [1.0], *of_scan(i)) for i in range(12)]
+    def count_kinds(make_calls):
+        scans = [(10.0 * i, [200.0], [1.0], *make_calls(i)) for i in range(12)]
         return statistics_of(write_scans(tmp_path / "run.mzML", scans))["scan_kinds"]
 
-    assert kinds(lambda i: []) == 1
-    assert kinds(lambda i: [sim] if i % 2 else []) == 2
-    assert kinds(lambda i: [window(100 + 200 * (i % 3), 300 + 200 * (i % 3))]) == 3  # BoxCar
-    assert kinds(lambda i: [window(100 + i, 300)]) == 1  # follows the data
-    assert kinds(lambda i: [("setNativeID", f"function={i % 3 + 1} process=0 scan={i}")]) == 3  # Waters
-    assert kinds(lambda i: [("setNativeID", f"sample=1 period=1 cycle={i} experiment={i % 2 + 1}")]) == 2  # Sciex
+    assert count_kinds(lambda i: []) == 1
+    assert count_kinds(lambda i: [sim] if i % 2 else []) == 2
+    assert count_kinds(lambda i: [window(100 + 200 * (i % 3), 300 + 200 * (i % 3))]) == 3  # BoxCar
+    assert count_kinds(lambda i: [window(100 + i, 300)]) == 1  # the window follows the data
+    assert count_kinds(lambda i: [("setNativeID", f"function={i % 3 + 1} process=0 scan={i}")]) == 3  # Waters
+    assert count_kinds(lambda i: [("setNativeID", f"sample=1 period=1 cycle={i} experiment={i % 2 + 1}")]) == 2  # Sciex
 
 
 @pytest.mark.parametrize(("term", "values", "n_kinds"), [("1001581", (-45, -60), 2), ("1002476", (1, 2, 3), 1)])
-def test_two_faims_voltages_are_two_kinds_and_frames_of_ion_mobility_are_one(tmp_path, term, values, n_kinds):
+def test_two_faims_voltages_are_two_kinds_of_scan_and_ion_mobility_frames_are_one(tmp_path, term, values, n_kinds):
     path = write_scans(tmp_path / "run.mzML", [(10.0 * i, [200.0], [1.0]) for i in range(12)])
     terms = (f'<cvParam cvRef="MS" accession="MS:{term}" name="" value="{value}"' for value in 12 * values)
     unit = ' unitCvRef="UO" unitAccession="UO:0000028" unitName="millisecond"/>'
@@ -625,7 +627,7 @@ def test_two_faims_voltages_are_two_kinds_and_frames_of_ion_mobility_are_one(tmp
     assert statistics_of(path)["scan_kinds"] == n_kinds
 
 
-def test_several_kinds_of_scan_and_odd_units_of_time_are_named_and_who_stretches_the_axes(tmp_path, capsys):
+def test_several_kinds_of_scan_odd_time_units_and_outlying_axes_give_warnings(tmp_path, capsys):
     raw, samples = write_cohort(tmp_path, list("abcdefghij"))
     functions = [
         (s, mz, h, ("setNativeID", f"function={i % 2 + 1} process=0 scan={i}"))
@@ -633,22 +635,22 @@ def test_several_kinds_of_scan_and_odd_units_of_time_are_named_and_who_stretches
     ]
     write_scans(raw / "a.mzML", functions)
     write_mzml(raw / "b.mzML", [(1000 * s, mz, h) for s, mz, h in random_scans(1)])  # milliseconds
-    write_mzml(raw / "c.mzML", [(s / 60, mz, h) for s, mz, h in random_scans(2)])  # minutes, no unit
+    write_mzml(raw / "c.mzML", [(s / 60, mz, h) for s, mz, h in random_scans(2)])  # minutes without a unit
     write_mzml(raw / "d.mzML", [*random_scans(3), (120.0, np.array([218039.0]), np.ones(1))])
     assert run("convert.py", raw, samples, "out", "--bins", 20, "--test", 0.2, cwd=tmp_path) == (0, "")
-    said = capsys.readouterr().out
-    assert "axes: 0.00 to 1950.00 min, m/z 100" in said
-    assert re.search(r"warning: b: .*rt_last is 1950 \(other files: 1.95\)", said)
-    assert re.search(r"warning: d: .*mz_high is 2.18e\+05 \(other files: 300\)", said)
-    assert "is the time unit right?: b, c\n" in said
-    assert 'msconvert --filter "scanEvent 1"' in said and "MSe and lock mass): a\n" in said
+    printed = capsys.readouterr().out
+    assert "axes: 0.00 to 1950.00 min, m/z 100" in printed
+    assert re.search(r"warning: b: .*rt_last is 1950 \(other files: 1.95\)", printed)
+    assert re.search(r"warning: d: .*mz_high is 2.18e\+05 \(other files: 300\)", printed)
+    assert "is the time unit right?: b, c\n" in printed
+    assert 'msconvert --filter "scanEvent 1"' in printed and "MSe and lock mass): a\n" in printed
     ordinary, samples = write_cohort(tmp_path / "ordinary", list("abcdefghij"))
     assert run("convert.py", ordinary, samples, "out2", "--bins", 20, "--test", 0.2, cwd=tmp_path) == (0, "")
     assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
-def test_a_file_that_cannot_be_parsed_is_broken_somewhere_or_whole_and_of_another_kind(tmp_path, pack):
+def test_the_error_of_an_unreadable_file_gives_the_line_or_says_that_the_xml_is_complete(tmp_path, pack):
     write_mzml(tmp_path / "run.mzML", random_scans(0, 2))
     text = (tmp_path / "run.mzML").read_bytes()
     path = tmp_path / ("run.mzML" + {gzip.compress: ".gz", bz2.compress: ".bz2"}.get(pack, ""))
@@ -664,7 +666,7 @@ def test_a_file_that_cannot_be_parsed_is_broken_somewhere_or_whole_and_of_anothe
             statistics_of(path)
 
 
-def test_formats_of_instruments_and_lists_of_spectra_are_no_runs(tmp_path):
+def test_instrument_formats_and_spectrum_lists_are_refused(tmp_path):
     write_cohort(tmp_path, ["a", "b"])
     for name in ("a.mzML", "b.mzML"):
         (tmp_path / "raw" / name).rename(tmp_path / "raw" / name.replace("mzML", "raw"))
@@ -680,7 +682,7 @@ def test_formats_of_instruments_and_lists_of_spectra_are_no_runs(tmp_path):
             statistics_of(path)
 
 
-def test_titles_and_names_of_a_sample_table_are_cleaned(tmp_path):
+def test_column_titles_and_sample_names_of_a_table_are_cleaned(tmp_path):
     raw, _ = write_cohort(tmp_path, ["2023.05.12_a", "b.d", "c", "d", "e", "f"])
     rows = ["Sample Name;Phenotype; Split ;Person ID"]
     names = ["2023.05.12_a.mzML", "b.d", "c.raw", "d.MZXML.gz", "e", "f"]
@@ -695,8 +697,8 @@ def test_titles_and_names_of_a_sample_table_are_cleaned(tmp_path):
     assert table["group"].tolist() == table["person_id"].tolist() == [f"p{i}" for i in range(6)]
 
 
-def test_a_column_group_of_the_user_is_not_lost(tmp_path):
-    """It may be the arm of a trial: only the user knows whether its runs belong together."""
+def test_a_group_column_of_the_user_is_never_overwritten(tmp_path):
+    """Only the user knows whether the samples of a group belong together: it may be the arm of a trial."""
     raw, _ = write_cohort(tmp_path, list("abcdef"))
     rows = [f"{name},{'AB'[i % 2]},{['train', 'val', 'test'][i // 2]},g{i // 2}" for i, name in enumerate("abcdef")]
     (tmp_path / "s.csv").write_text("\n".join(["sample_name,phenotype,split,Group", *rows]))
@@ -708,7 +710,7 @@ def test_a_column_group_of_the_user_is_not_lost(tmp_path):
     assert run("convert.py", raw, written, "again", *FAST, "--group-by", "group", cwd=tmp_path) == (0, "")
 
 
-def test_the_files_as_written_end_in_the_right_picture_or_in_a_line(as_written):
+def test_files_as_instruments_write_them_give_the_right_statistics_or_an_error(as_written):
     def outcome(name, **settings):
         try:
             return statistics_of(as_written / f"{name}.mzML", **settings)
@@ -722,10 +724,10 @@ def test_the_files_as_written_end_in_the_right_picture_or_in_a_line(as_written):
         chosen = outcome("polarity_switching", only_polarity=polarity)
         assert chosen["n_scans"] == 10 and chosen["mz_low"] == pytest.approx(mz_low, abs=0.01)
     assert outcome("uv_beside_ms1")["mz_low"] > 400 and outcome("uv_without_ms_level")["n_peaks"] == 1
-    kinds = [
+    count_kinds = [
         outcome(name)["scan_kinds"] for name in ("waters_mse_all_level_1", "waters_lock_mass", "sim_beside_full_scan")
     ]
-    assert kinds == [3, 2, 2]
+    assert count_kinds == [3, 2, 2]
     assert outcome("infinite_intensity")["total_intensity"] == 3000
     assert outcome("zero_mz_zero_intensity")["mz_low"] == 450
     assert outcome("all_intensities_zero").endswith(": no MS1 peaks (min_intensity 0, polarity any)")
@@ -738,7 +740,7 @@ def test_the_files_as_written_end_in_the_right_picture_or_in_a_line(as_written):
 # ---------------------------------------------------------------- whole cohorts
 
 
-def test_no_bad_file_costs_the_others_and_a_repaired_one_is_picked_up(tmp_path):
+def test_bad_files_are_left_out_and_a_repaired_file_is_converted_later(tmp_path):
     good = ['Müller, "A" 1', "-dash", "it's", "d e", "f", "g", "h", "i", "j", "k"]
     raw, samples = write_cohort(tmp_path, [*good, "half", "empty", "folder", "absent"])
     whole = (raw / "half.mzML").read_bytes()
@@ -750,7 +752,7 @@ def test_no_bad_file_costs_the_others_and_a_repaired_one_is_picked_up(tmp_path):
     narrow = [raw, samples, "out", "--rt-range", 0, 1, *FAST[3:], "--workers", 2]
     done = call("convert.py", *narrow, cwd=tmp_path)
     assert done.returncode == 1
-    lines = sorted(done.stderr.splitlines())  # nothing else, and nothing that pyopenms prints of its own accord
+    lines = sorted(done.stderr.splitlines())  # without the messages of pyopenms
     assert len(lines) == 3 and lines[0] == "left out: empty.mzML: is empty (zero bytes)"
     assert lines[1].startswith("left out: folder.mzML: cannot be parsed") and "Is a directory" in lines[1]
     assert lines[2].startswith("left out: half.mzML: cannot be parsed")
@@ -774,16 +776,16 @@ def test_no_bad_file_costs_the_others_and_a_repaired_one_is_picked_up(tmp_path):
     assert status["half"] == "ok" and status["empty"].startswith("failed")
 
 
-def test_ranges_in_seconds_are_told_from_minutes(tmp_path):
+def test_a_retention_time_range_in_seconds_gives_an_error(tmp_path):
     raw, samples = write_cohort(tmp_path, list("abcdefghij"))
     done = call("convert.py", raw, samples, "out", "--test", 0.2, "--rt-range", 60, 120, *FAST[3:], cwd=tmp_path)
     assert done.returncode == 1 and not list(tmp_path.glob("out/*/*/*.png"))
     assert done.stderr.startswith("convert.py: no file became a picture; the first: ") and done.stderr.count("\n") == 1
     assert "no peak inside the axes, 60.00-120.00 min, m/z 100.00-300.00; its peaks: 0.00-1.95" in done.stderr
-    assert run("convert.py", raw, samples, "out", "--test", 0.2, *FAST, cwd=tmp_path) == (0, "")  # put right
+    assert run("convert.py", raw, samples, "out", "--test", 0.2, *FAST, cwd=tmp_path) == (0, "")  # corrected
 
 
-def test_odd_files_end_in_a_picture_or_a_reason(odd_files):
+def test_an_odd_file_gives_a_picture_or_an_error_with_the_reason(odd_files):
     reasons = {
         "zero_bytes.mzML": "is empty (zero bytes)",
         "no_spectra.mzML": "cannot be parsed",
@@ -802,7 +804,7 @@ def test_odd_files_end_in_a_picture_or_a_reason(odd_files):
             assert str(error).startswith(f"{path.name}: {reasons[path.name]}")
 
 
-def test_shared_axes_hold_every_run_and_workers_do_not_change_a_byte(tmp_path):
+def test_shared_axes_cover_all_files_and_the_number_of_workers_changes_no_byte(tmp_path):
     raw, samples = write_cohort(tmp_path, [f"r{i}" for i in range(10)])
     wide = [(30.0, np.array([50.0, 700.0]), np.ones(2)), (600.0, np.array([60.0]), np.ones(1))]
     write_mzml(raw / "r0.mzML", wide)
@@ -828,7 +830,7 @@ def abort_on_bad(name):
     return name.upper()
 
 
-def test_a_reader_that_crashes_costs_one_run():
+def test_a_crash_while_reading_one_file_does_not_affect_the_others():
     tasks = {name: (name,) for name in ["a", "bad", "c", "wrong", "d"]}
     results = convert.for_each(abort_on_bad, tasks, 2, "x")
     assert "terminated abruptly" in str(results.pop("bad"))
@@ -836,8 +838,8 @@ def test_a_reader_that_crashes_costs_one_run():
     assert results == {name: name.upper() for name in "acd"}
 
 
-def processes_of(marker):
-    """Process ids whose environment mentions the marker."""
+def find_processes(marker):
+    """Ids of processes with the marker in their environment."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():
@@ -849,8 +851,8 @@ def processes_of(marker):
     return found
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for orphans in /proc")
-def test_killed_and_resumed_equals_uninterrupted_and_leaves_no_orphans(tmp_path):
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find orphans")
+def test_a_killed_and_resumed_conversion_equals_an_uninterrupted_one_without_orphans(tmp_path):
     raw, samples = write_cohort(tmp_path, [f"r{i:02d}" for i in range(24)])
     flags = [*FAST, "--augment", 2, "--workers", 2]
     command = [sys.executable, ROOT / "convert.py", raw, samples, tmp_path / "killed", *flags]
@@ -861,9 +863,9 @@ def test_killed_and_resumed_equals_uninterrupted_and_leaves_no_orphans(tmp_path)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     marker, deadline = f"DEEPLCMS_TEST={tmp_path}".encode(), time.monotonic() + 30
-    while processes_of(marker) and time.monotonic() < deadline:
+    while find_processes(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not processes_of(marker)
+    assert not find_processes(marker)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*/*/r??.png")}
     assert 0 < len(before) < 24
     (tmp_path / "killed" / "train" / "case" / ".r99.png.1.tmp.png").write_bytes(b"half a picture")
@@ -891,11 +893,11 @@ def test_killed_and_resumed_equals_uninterrupted_and_leaves_no_orphans(tmp_path)
     [
         (Image.Image.copy, {"mz_max": "900.5"}, "another kind of picture .*mz_max is 900.[05], not 900.[05]"),
         (lambda image: image.resize((32, 32)), {}, "make it again"),
-        (lambda image: image.convert("RGB"), {}, "make it again"),  # as convert.py once made them
+        (lambda image: image.convert("RGB"), {}, "make it again"),  # as old versions of convert.py made them
         (Image.Image.copy, {"chromatogram": None}, "make it again"),
     ],
 )
-def test_pictures_of_another_kind_in_a_data_set_are_refused(two, tmp_path, change, texts, message):
+def test_a_data_set_with_pictures_of_two_kinds_is_refused(two, tmp_path, change, texts, message):
     shutil.copytree(two[0], tmp_path / "mixed")
     png = next((tmp_path / "mixed/train/user").glob("*.png"))
     with Image.open(png) as image:
@@ -909,78 +911,78 @@ def test_pictures_of_another_kind_in_a_data_set_are_refused(two, tmp_path, chang
     assert "\n" not in str(refusal.value)
 
 
-def test_conversion_never_loads_torch(tmp_path):
+def test_convert_does_not_import_torch(tmp_path):
     write_mzml(tmp_path / "run.mzML", random_scans(0, 2))
     code = f"import sys, convert; convert.read_statistics(convert.Path({str(tmp_path / 'run.mzML')!r}), 0); "
     done = subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], cwd=ROOT)
     assert done.returncode == 0
 
 
-def test_planted_compounds_differ_by_their_fold_and_background_does_not():
+def test_planted_compounds_differ_by_their_fold_and_background_compounds_do_not():
     compounds = demo_compounds(np.random.default_rng([7, 0]))
-    heat = np.zeros((2, len(compounds)))
+    intensities = np.zeros((2, len(compounds)))
     for i in range(24):
         rng = np.random.default_rng([7, 1, i])
-        for seconds, mz, intensity in simulate_run(rng, compounds, [], i % 2 == 1, np.zeros(6)):
+        for seconds, mz, intensity in simulate_scans(rng, compounds, [], i % 2 == 1, np.zeros(6)):
             for k in np.flatnonzero(abs(compounds["rt"] * 60 - seconds) < 10):
                 low, high = np.searchsorted(mz, compounds["mz"][k] * (1 + np.array([-2e-5, 2e-5])))
-                heat[i % 2, k] += intensity[low:high].sum()
-    measured, fold = heat[1] / np.maximum(heat[0], 1), compounds["fold"]
+                intensities[i % 2, k] += intensity[low:high].sum()
+    measured, fold = intensities[1] / np.maximum(intensities[0], 1), compounds["fold"]
     assert measured[np.isinf(fold)].min() > 20
     planted = compounds["planted"] & np.isfinite(fold)
-    assert (fold[planted] > 1).sum() > 5 and (fold[planted] < 1).sum() > 5  # up and down
+    assert (fold[planted] > 1).sum() > 5 and (fold[planted] < 1).sum() > 5  # both directions
     assert np.corrcoef(np.log(measured[planted]), np.log(fold[planted]))[0, 1] > 0.8
     assert 0.7 < np.median(measured[~compounds["planted"]]) < 1.4
 
 
-def test_batches_drift_smoothly_and_apart_and_hold_both_phenotypes(demo):
+def test_the_retention_drift_of_batches_is_smooth_and_each_batch_has_both_phenotypes(demo):
     samples = deeplcms.read_table(demo / "raw/samples.csv")
     assert (pd.crosstab(samples["batch"], samples["phenotype"]) == 5).all(axis=None)
     at = np.linspace(0, 1, 200)
     drifts = np.random.default_rng(1).normal(0, 15, (500, 6)) @ deeplcms.slow_waves(at)
-    assert np.allclose(drifts.std(0), 15, rtol=0.15)  # seconds, as the docstring says, everywhere
-    assert abs(np.diff(drifts, axis=1)).max() < 4  # from one two-hundredth of the gradient to the next
+    assert np.allclose(drifts.std(0), 15, rtol=0.15)  # seconds, at every retention time, as documented
+    assert abs(np.diff(drifts, axis=1)).max() < 4  # seconds between neighbouring points
 
 
-def test_demo_files_are_the_same_from_any_number_of_workers(tmp_path):
+def test_the_demo_files_do_not_depend_on_the_number_of_workers(tmp_path):
     for folder, seed, workers in (("one", 7, 1), ("two", 7, 2), ("other", 8, 2)):
         write_demo(tmp_path / folder, 4, seed, workers)
     one, two, other = (list_files(tmp_path / folder) for folder in ("one", "two", "other"))
     assert one == two and len(one) == 6 and not set(one.values()) & set(other.values())
 
 
-def test_the_demos_features_and_another_cohort_in_the_same_folder(demo, two):
+def test_the_demo_lists_its_compounds_and_refuses_the_folder_of_another_cohort(demo, two):
     features = pd.read_csv(demo / "features.csv", skiprows=4)
     assert features["Ontology"].value_counts().to_dict() == {"background": 216, "planted": 24}
-    for folder, what in ((demo, "cohort"), (two[0], "data set")):
+    for folder, content in ((demo, "cohort"), (two[0], "data set")):
         status, line = run("demo.py", folder, "--runs", 40, "--bins", 64, "--seed", 1, cwd=demo.parent)
-        assert status == 1 and f"holds another {what}" in line
+        assert status == 1 and f"holds another {content}" in line
 
 
-# ---------------------------------------------------------------- what is the same, and what was dropped
+# ---------------------------------------------------------------- digests, mismatches and warnings
 
 
-def small_data(folder, *flags):
+def make_small_data_set(folder, *flags):
     raw, samples = write_cohort(folder, [f"{i:03d}" for i in range(20)])
     assert run("convert.py", raw, samples, folder / "data", *FAST, "--test", 0.2, *flags, cwd=folder) == (0, "")
     return folder / "data"
 
 
-def test_a_data_set_is_its_pictures_whatever_its_path_and_the_system(tmp_path, monkeypatch):
-    data = small_data(tmp_path)
+def test_the_digest_of_a_data_set_depends_on_its_pictures_and_not_on_its_path(tmp_path, monkeypatch):
+    data = make_small_data_set(tmp_path)
     digest = deeplcms.digest_pictures(*deeplcms.find_pictures(data))
     other = Path(shutil.copytree(data, tmp_path / "elsewhere"))
     monkeypatch.setattr(os, "linesep", "\r\n")
     assert deeplcms.digest_pictures(*deeplcms.find_pictures(other)) == digest
     (tmp_path / "raw/003.mzML").unlink()
-    write_mzml(tmp_path / "raw/003.mzML", random_scans(99))  # exported again under its name
+    write_mzml(tmp_path / "raw/003.mzML", random_scans(99))  # exported again under the same name
     again = call("convert.py", tmp_path / "raw", tmp_path / "samples.csv", data, *FAST, "--test", 0.2, cwd=tmp_path)
     assert again.returncode == 0 and "19 of 20 files are already converted" in again.stdout
     assert deeplcms.digest_pictures(*deeplcms.find_pictures(data)) != digest
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda d, t: t.assign(sample_name=t["sample_name"].astype(int)), "has rows without pictures: 0, 1"),
         (lambda d, t: t[5:], "has no rows for pictures: 000"),
@@ -990,15 +992,15 @@ def test_a_data_set_is_its_pictures_whatever_its_path_and_the_system(tmp_path, m
         (lambda d, t: [p.rename(p.parent / "Case") for p in d.glob("val/case")] and t, "spellings: Case, case"),
     ],
 )
-def test_pictures_and_table_that_do_not_fit_are_refused_before_any_work(tmp_path, change, words):
-    data = small_data(tmp_path)
+def test_pictures_that_do_not_match_the_sample_table_are_refused(tmp_path, change, message):
+    data = make_small_data_set(tmp_path)
     change(data, pd.read_csv(data / "samples.csv", dtype=str)).to_csv(data / "samples.csv", index=False)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         deeplcms.find_pictures(data)
 
 
-def test_a_spreadsheet_with_decimal_commas_costs_nothing(tmp_path):
-    data = small_data(tmp_path)
+def test_a_sample_table_with_decimal_commas_gives_the_same_statistics(tmp_path):
+    data = make_small_data_set(tmp_path)
     before, recipe = deeplcms.find_pictures(data)
     table = (data / "samples.csv").read_text().replace(",", ";").replace(".", ",")
     (data / "samples.csv").write_text(table)
@@ -1006,20 +1008,20 @@ def test_a_spreadsheet_with_decimal_commas_costs_nothing(tmp_path):
     assert deeplcms.summarize_cohort(after, recipe)[1] == deeplcms.summarize_cohort(before, recipe)[1]
 
 
-def test_runs_unlike_the_others_are_named(tmp_path):
+def test_a_file_unlike_the_others_gives_a_warning(tmp_path):
     raw, samples = write_cohort(tmp_path, list("abcdefghijklmnopqrst"))
-    write_mzml(raw / "c.mzML", random_scans(3)[:15])  # broken off
+    write_mzml(raw / "c.mzML", random_scans(3)[:15])  # the measurement was stopped early
     done = call("convert.py", raw, samples, tmp_path / "data", *FAST, "--test", 0.2, cwd=tmp_path)
     warned = [line for line in done.stdout.splitlines() if line.startswith("warning: ") and "other files" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: c: ") and "rt_last is" in warned[0]
 
 
-def test_one_raw_file_under_two_names_in_different_splits_is_warned_of(tmp_path, capsys):
+def test_one_raw_file_under_two_names_in_two_splits_gives_a_warning(tmp_path, capsys):
     raw, samples = write_cohort(tmp_path, list("abcdef"))
     splits = ["train", "train", "val", "val", "test", "test"]
     pd.read_csv(samples).assign(split=splits).to_csv(samples, index=False)
     shutil.copy(raw / "a.mzML", raw / "c.mzML")
-    for _ in range(2):  # the second time from the pictures
+    for _ in range(2):  # the second call reads the pictures
         assert run("convert.py", raw, samples, "out", *FAST, cwd=tmp_path) == (0, "")
         assert (
             "warning: the same picture in two splits, which train.py refuses; remove one: a, c\n"
@@ -1029,7 +1031,7 @@ def test_one_raw_file_under_two_names_in_different_splits_is_warned_of(tmp_path,
         deeplcms.find_pictures(tmp_path / "out")
 
 
-def test_a_column_with_the_title_of_a_statistic_is_refused_unless_convert_wrote_it(tmp_path):
+def test_a_column_with_the_title_of_a_statistic_is_refused_unless_from_convert(tmp_path):
     raw, samples = write_cohort(tmp_path, list("abcdefghij"))
     pd.read_csv(samples).assign(n_peaks=7).to_csv(tmp_path / "own.csv", index=False)
     status, line = run("convert.py", raw, tmp_path / "own.csv", "refused", *FAST, "--test", 0.2, cwd=tmp_path)
@@ -1040,8 +1042,8 @@ def test_a_column_with_the_title_of_a_statistic_is_refused_unless_convert_wrote_
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "second/samples.csv"), pd.read_csv(written))
 
 
-def test_a_data_set_may_have_no_test_split_or_nothing_else(tmp_path):
-    data = small_data(tmp_path, "--test", 0)
+def test_a_data_set_may_have_no_test_split_or_only_a_test_split(tmp_path):
+    data = make_small_data_set(tmp_path, "--test", 0)
     assert set(deeplcms.find_pictures(data)[0]["split"]) == {"train", "val"}
     table = pd.DataFrame({"sample_name": [f"{i:03d}" for i in range(20)], "phenotype": "case", "split": "test"})
     table.to_csv(tmp_path / "test.csv", index=False)
@@ -1052,7 +1054,7 @@ def test_a_data_set_may_have_no_test_split_or_nothing_else(tmp_path):
         assert status == 1 and f"its column {title} would be lost: rename it" in line
 
 
-def test_a_figure_depends_on_no_setting_of_the_user(tmp_path):
+def test_figures_do_not_depend_on_the_matplotlib_settings_of_the_user(tmp_path):
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
@@ -1073,7 +1075,7 @@ with train.figure(Path("f.png"), "a $title$ of $5_", (4, 4), squeeze=False) as a
     assert pictures[0] == pictures[1]
 
 
-def test_two_processes_of_torchrun_make_the_folder_of_one(two, tmp_path):
+def test_two_processes_of_torchrun_write_the_same_folder_as_one(two, tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     rows = ["sample_name,phenotype"]
@@ -1089,7 +1091,7 @@ def test_two_processes_of_torchrun_make_the_folder_of_one(two, tmp_path):
     processes += [ROOT / command[0], *command[1:]]
     done = subprocess.run(list(map(str, processes)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert status == done.returncode == 1
-    assert "terminate" not in done.stderr  # both processes end in order
+    assert "terminate" not in done.stderr  # both processes end normally
     assert (
         done.stderr.count("left out: user00.mzML") == 1 and done.stdout.count("11 of 12 files are pictures in two") == 1
     )
@@ -1105,7 +1107,7 @@ def test_two_processes_of_torchrun_make_the_folder_of_one(two, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "explain.py"])
-def test_scripts_for_one_process_refuse_torchrun(script, tmp_path):
+def test_evaluate_and_explain_refuse_torchrun(script, tmp_path):
     environment = os.environ | {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}
     done = call(script, cwd=tmp_path, env=environment)
     assert done.returncode == 1 and done.stderr == f"{script}: needs one process only, start it without torchrun\n"

@@ -1,4 +1,4 @@
-"""The whole way on the command line: raw runs, pictures, a classifier, its verdict and its map."""
+"""The pipeline on the command line: raw files, pictures, a classifier, its metrics and its explanation."""
 
 import json
 
@@ -9,8 +9,8 @@ from PIL import Image
 import deeplcms
 
 
-def whole_way(folder, raw, samples, conversion, training, explanation=()):
-    """convert, train, evaluate, explain; returns (data set, run folder)."""
+def run_pipeline(folder, raw, samples, conversion, training, explanation=()):
+    """Convert, train, evaluate, explain; returns (data set, run folder)."""
     for script, *arguments in (
         ("convert.py", raw, samples, "pictures", *conversion),
         ("train.py", "--backbone", "test_resnet", "--data", "pictures", "--epochs", 2, *training),
@@ -23,9 +23,9 @@ def whole_way(folder, raw, samples, conversion, training, explanation=()):
     return folder / "pictures", run_folder
 
 
-def test_real_runs_go_the_whole_way(real_runs, tmp_path):
+def test_the_pipeline_explains_real_raw_files(real_files, tmp_path):
     conversion = ["--test", 0.25, "--val", 0.25, "--bins", 200]
-    pictures, _ = whole_way(tmp_path, real_runs, real_runs / "samples.csv", conversion, TINY)
+    pictures, _ = run_pipeline(tmp_path, real_files, real_files / "samples.csv", conversion, TINY)
     pngs = sorted(pictures.glob("*/*/*.png"))
     assert len(pngs) == 8
     with Image.open(pngs[0]) as image:
@@ -35,7 +35,7 @@ def test_real_runs_go_the_whole_way(real_runs, tmp_path):
         assert float(image.text["mz_min"]) >= 200 and float(image.text["mz_max"]) <= 600
 
 
-def test_a_cohort_with_three_phenotypes_other_columns_and_other_ranges_goes_the_whole_way(demo, tmp_path):
+def test_the_pipeline_runs_with_three_phenotypes_other_columns_and_other_axes(demo, tmp_path):
     names = deeplcms.read_table(demo / "raw" / "samples.csv")["sample_name"]
     table = ["organ;sample_name;mouse;phenotype"]
     table += [f"liver;{name};{i // 6}{i % 3};{'abc'[i % 3]}" for i, name in enumerate(names)]
@@ -45,9 +45,9 @@ def test_a_cohort_with_three_phenotypes_other_columns_and_other_ranges_goes_the_
     options = [*TINY, "--positive", "b"]
     explanation = ["--class", "c", "--features", tmp_path / "peaks.txt"]
     flags = conversion, options, explanation
-    pictures, run_folder = whole_way(tmp_path, demo / "raw", tmp_path / "samples.csv", *flags)
+    pictures, run_folder = run_pipeline(tmp_path, demo / "raw", tmp_path / "samples.csv", *flags)
     assert json.loads((run_folder / "config.json").read_text())["classes"] == ["a", "c", "b"]
     samples = deeplcms.read_table(pictures / "samples.csv")
-    assert (samples.groupby("group")["split"].nunique() == 1).all()  # both runs of a mouse are in one split
+    assert (samples.groupby("group")["split"].nunique() == 1).all()  # both files of a mouse are in one split
     assert samples["group"].nunique() == 21 and (samples["organ"] == "liver").all()
     assert pd.read_csv(run_folder / "explain/features.csv")["name"].tolist() == ["first"]

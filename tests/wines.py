@@ -1,11 +1,11 @@
-"""Does a score hold for new samples? 39 GC-MS files of twelve wines; the table and the figure of .github/WINES.md.
+"""Compare scores on new files, days and wines: 39 GC-MS files of twelve wines (.github/WINES.md).
 
     git clone https://github.com/kkpsiren/vesi
     python tests/wines.py vesi/chroms2 [--weights FILE] [--out wines]
 
-Reads the sample table off the file names, converts the CDF files once for each way of holding raw files out, trains
-folds, and predicts each raw file by a fold that has not seen it. Then it explains the head on several scales, with the
-spots of the mean picture as features. Finished parts are not repeated.
+The file names give the sample table. The script converts the CDF files once for each way of holding raw files out,
+trains folds, and predicts each raw file with a fold that has not seen it. It then explains the head on several scales;
+the features are the spots of the mean picture. A second call skips finished parts.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def call(main, *arguments):
 
 
 def make_samples(folder, path):
-    """The sample table of the CDF files in a folder: what their names say."""
+    """The sample table of the CDF files in a folder, from their names."""
     rows = []
     for file in sorted(folder.glob("*.CDF")):
         found = NAME.fullmatch(file.stem)
@@ -58,7 +58,7 @@ def make_samples(folder, path):
 
 
 def predict_held_out(data, model, n_folds):
-    """Table of the raw files, each with its label and its probability by the fold that has not seen it."""
+    """Table of the raw files: label, and probability from the fold that has not seen the file."""
     call(train.main, "--data", data, "--folds", n_folds, "--workers", 0, *MODELS[model])
     runs = sorted(Path("runs", data, MODELS[model][1]).glob("seed*-fold*"))
     table = pd.concat(map(evaluate.read_held_out, runs)).set_index("sample_name").sort_index()
@@ -102,7 +102,7 @@ def main():
 
     pictures, _ = find_pictures("file")
     known = pictures[["phenotype", "sample_name", "group", *samples.columns.drop(["sample_name", "phenotype"])]]
-    print("\nWhat else could tell the phenotypes apart:")
+    print("\nPossible confounders:")
     print(evaluate.find_confounders(known)[0].to_string(float_format="{:.3f}".format))
     draw_leak(table, Path("leak.png"))
 
@@ -112,11 +112,11 @@ def main():
 
 
 def list_spots(data):
-    """Retention time and m/z of the local maxima of the mean picture: places where many files have a compound."""
+    """Retention time and m/z of the local maxima of the mean picture, where many files have a compound."""
     pictures, recipe = find_pictures(data)
     mean = np.mean([read_picture(path) for path in pictures["path"]], axis=0)  # (height, width)
     is_spot = (mean == maximum_filter(mean, (9, 15))) & (mean > 64)  # a quarter of the levels
-    labels, n = label(is_spot, np.ones((3, 3)))  # a plateau of the last level is one spot
+    labels, n = label(is_spot, np.ones((3, 3)))  # a saturated plateau is one spot
     row, column = np.array(center_of_mass(is_spot, labels, range(1, n + 1))).T
     height, width = mean.shape
     rt, mz = recipe.from_fraction((column + 0.5) / width, (row + 0.5) / height)
@@ -124,11 +124,13 @@ def list_spots(data):
 
 
 def draw_leak(table, path):
-    """Accuracy by what is held out together, a bar for each model."""
+    """Draw the accuracy for each unit held out together, with a bar for each model."""
     accuracy = table.pivot(index="held out together", columns="model", values="accuracy")
     accuracy = accuracy.loc[["file", "day", "wine", "pair"], ["pixels", "head on several scales", "ensemble of both"]]
     accuracy.index = ["a file:\nreplicates leak", "a day:\nreplicates leak", "a wine", "a pair of wines"]
-    with train.figure(path, "39 GC-MS files of twelve wines: replicates in training raise the score", (8, 4.5)) as axes:
+    with train.figure(
+        path, "39 GC-MS files of twelve wines: replicates in the training set raise accuracy", (8, 4.5)
+    ) as axes:
         accuracy.plot.bar(ax=axes, rot=0, color=["#4c78a8", "#f58518", "#54a24b"], width=0.75)
         for bars in axes.containers:
             axes.bar_label(bars, fmt="%.2f", fontsize=8)
