@@ -1,4 +1,4 @@
-"""evaluate.py: its results are right, and it refuses input that would make them wrong."""
+"""Tests of evaluate.py: correct results, and errors for input that would make them wrong."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ import evaluate
 from deeplcms import write_json
 
 
-def article():
+def make_article_predictions():
     """Labels and logits with the article's counts: TP 20, TN 7, FN 2, FP 1."""
     return np.array([1] * 22 + [0] * 8), np.array([2.0] * 20 + [-1.0] * 2 + [-2.0] * 7 + [1.0])[:, None]
 
@@ -27,8 +27,8 @@ def article():
 # ---------------------------------------------------------------- metrics
 
 
-def test_intervals_are_wilson_or_of_resampled_groups_and_small_classes_have_none():
-    labels, logits = article()
+def test_intervals_are_wilsons_or_of_resampled_groups_and_small_classes_have_none():
+    labels, logits = make_article_predictions()
     table = evaluate.compute_intervals(labels, logits, np.arange(30))
     assert table["value"].round(3)[["accuracy", "precision", "recall", "f1"]].tolist() == [0.9, 0.952, 0.909, 0.93]
     assert table["value"]["specificity"] == 7 / 8
@@ -51,8 +51,8 @@ def test_intervals_are_wilson_or_of_resampled_groups_and_small_classes_have_none
     assert perfect["value"]["roc_auc"] == 1 and perfect.loc[["roc_auc", "f1"], ["low", "high"]].isna().all(axis=None)
 
 
-def test_people_with_pictures_in_both_classes_are_resampled_whole():
-    """Before and after: a person's own level raises both pictures, so AUC varies less than among strangers."""
+def test_all_pictures_of_a_person_are_resampled_together():
+    """The level of a person affects both pictures, so the AUC varies less than between strangers."""
     rng = np.random.default_rng(0)
     own, error = rng.normal(size=(30, 1)), 0.1 * rng.normal(size=(30, 2))
     logits = (own + [-0.5, 0.5] + error).reshape(-1, 1)  # before, after, before, ...
@@ -65,17 +65,17 @@ def test_people_with_pictures_in_both_classes_are_resampled_whole():
     assert nine[["low", "high"]].isna().all(axis=None)
 
 
-def known(phenotype, **columns):
+def make_pictures_table(phenotype, **columns):
     """Table of pictures as find_pictures returns it: all columns are text."""
     names = [f"s{i}" for i in range(len(phenotype))]
     pictures = pd.DataFrame({"sample_name": names, "group": names, "phenotype": phenotype, "status": "ok"})
     return pictures.assign(**{name: np.asarray(column).astype(str) for name, column in columns.items()})
 
 
-def test_columns_that_separate_the_classes_are_flagged_and_others_are_not():
+def test_columns_that_separate_the_classes_are_flagged_as_confounders():
     rng = np.random.default_rng(0)
     label = np.repeat([0, 1], 20)
-    pictures = known(
+    pictures = make_pictures_table(
         np.where(label, "user", "control"),
         total_intensity=rng.lognormal(10, 1, 40),
         start_time=[f"2026-11-{3 + 10 * k:02d} 10:{i:02d}:00" for i, k in enumerate(label)],
@@ -91,12 +91,12 @@ def test_columns_that_separate_the_classes_are_flagged_and_others_are_not():
     assert table["auc"].round(2)[["start_time", "batch", "column"]].tolist() == [0.98, 1, 0.5]
 
 
-def test_columns_are_flagged_whatever_the_order_of_their_values():
+def test_confounders_are_flagged_for_any_order_of_their_values():
     """Cases were measured in the middle: neither alphabetical order nor rank separates them from the controls."""
     rng = np.random.default_rng(0)
     case = np.repeat([False, True, False], 20)
     plate = 2 * rng.integers(0, 6, 60) + case
-    pictures = known(
+    pictures = make_pictures_table(
         np.where(case, "case", "control"),
         batch=np.repeat(["A", "B", "C"], 20),
         number=np.repeat([1, 2, 3], 20),
@@ -108,14 +108,14 @@ def test_columns_are_flagged_whatever_the_order_of_their_values():
     table, _ = evaluate.find_confounders(pictures)
     assert set(evaluate.flag_confounders(table)) == {"batch", "number", "day", "injection_order", "plate", "operator"}
     assert (table["auc"].drop("injection_order") == 1).all() and table["auc"]["injection_order"] > 0.9
-    # Of three phenotypes the one that is separated best counts.
+    # With three phenotypes the AUC is that of the best separated one.
     three, _ = evaluate.find_confounders(pictures.assign(phenotype=np.where(case, "case", np.tile(["a", "b"], 30))))
     assert three["auc"]["batch"] == 1 and "batch" in evaluate.flag_confounders(three)
 
 
-def test_numbers_and_dates_from_spreadsheets_are_read():
+def test_confounders_with_numbers_and_dates_of_spreadsheets_are_read():
     case = np.repeat([False, True], 20)
-    pictures = known(
+    pictures = make_pictures_table(
         np.where(case, "case", "control"),
         day=[f"{d:02d}.10.2023" for d in range(1, 21)] + [f"{d:02d}.11.2023" for d in range(1, 21)],
         us_day=[f"10/{d:02d}/2023" for d in range(1, 21)] + [f"11/{d:02d}/2023" for d in range(1, 21)],
@@ -128,11 +128,11 @@ def test_numbers_and_dates_from_spreadsheets_are_read():
     assert not_tested == {"dose": "1 values that are not numbers"}
 
 
-def test_names_of_people_are_not_tested_and_repeated_injections_count_once():
+def test_names_of_people_are_no_confounder_and_repeated_injections_count_once():
     rng = np.random.default_rng(0)
     person = np.repeat(np.arange(24), 5)
     person_of, site = [f"p{k}" for k in person], rng.permutation(np.repeat(["a", "b", "c"], 8))
-    pictures = known(np.where(person % 2, "case", "control"), person=person_of, site=site[person])
+    pictures = make_pictures_table(np.where(person % 2, "case", "control"), person=person_of, site=site[person])
     together, not_tested = evaluate.find_confounders(pictures.assign(group=person_of))
     assert list(together.index) == ["site"]  # each person has a name of their own
     assert not_tested == {"person": "24 names in 24 runs"}
@@ -141,17 +141,21 @@ def test_names_of_people_are_not_tested_and_repeated_injections_count_once():
 
 
 @pytest.mark.parametrize("n", [40, 298])
-def test_few_random_cohorts_have_a_flagged_column(n):
+def test_fewer_than_6_percent_of_random_cohorts_have_a_flagged_column(n):
     rng = np.random.default_rng(0)
-    cohorts = []
+    flagged = []
     for _ in range(60):
         phenotype = rng.permutation(["case"] * (n // 2) + ["control"] * (n - n // 2))
         numbers = {f"number{i}": rng.normal(size=n) for i in range(4)}
         names = {f"names{k}": rng.integers(0, k, n).astype(str) + "x" for k in (2, 4, 12)}
-        cohorts.append(
-            bool(evaluate.flag_confounders(evaluate.find_confounders(known(phenotype, **numbers, **names))[0]))
+        flagged.append(
+            bool(
+                evaluate.flag_confounders(
+                    evaluate.find_confounders(make_pictures_table(phenotype, **numbers, **names))[0]
+                )
+            )
         )
-    assert np.mean(cohorts) < 0.06
+    assert np.mean(flagged) < 0.06
 
 
 @pytest.fixture()
@@ -169,7 +173,7 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_the_area_under_the_drawn_roc_curve_is_the_auc_with_ties():
+def test_the_area_under_the_drawn_roc_curve_with_ties_equals_the_auc():
     rng = np.random.default_rng(0)
     labels, score = rng.integers(0, 2, 60), rng.integers(1, 9, 60) / 9
     probabilities = np.stack([1 - score, score], axis=1)
@@ -181,12 +185,12 @@ def test_the_area_under_the_drawn_roc_curve_is_the_auc_with_ties():
     lines = {line.get_label(): line.get_xydata() for line in both.lines}
     assert np.trapezoid(lines[" yes"][:, 1], lines[" yes"][:, 0]) == pytest.approx(metrics["value"]["roc_auc"])
     assert lines[" yes"][[0, -1]].tolist() == [[0, 0], [1, 1]]
-    assert np.isclose(lines["threshold"], lines[" yes"]).all(axis=1).any()  # it lies on the curve
+    assert np.isclose(lines["threshold"], lines[" yes"]).all(axis=1).any()  # the threshold is on the curve
     evaluate.draw_roc(cases, predictions[labels == 1], ["yes"], metrics)
-    assert [line.get_label() for line in cases.lines] == ["chance", "threshold"]  # no curve of one class alone
+    assert [line.get_label() for line in cases.lines] == ["chance", "threshold"]  # one class alone has no curve
 
 
-def test_calibration_counts_every_picture_once():
+def test_every_picture_is_in_one_bin_of_the_calibration_plot():
     table = pd.DataFrame({"probability_b": [0.05, 0.15, 0.95, 1.0, 0.9], "phenotype": list("aabba")})
     ax = Figure().subplots()
     evaluate.draw_calibration(ax, table, ["b"])
@@ -200,16 +204,16 @@ def test_calibration_counts_every_picture_once():
 # ---------------------------------------------------------------- one run
 
 
-def split_metrics(folder):
+def read_results(folder):
     return json.loads((folder / "metrics.json").read_text()), pd.read_csv(folder / "predictions.csv")
 
 
-def test_a_run_is_evaluated_on_its_test_split(two, capsys):
+def test_evaluation_writes_metrics_predictions_and_figures_of_the_test_split(two, capsys):
     data, folder = two
     assert run("evaluate.py", folder, cwd=data.parent) == (0, "")
     printed = capsys.readouterr().out
     assert "no network" in printed and "user is predicted where its probability is 0.5 or more" in printed
-    result, table = split_metrics(folder)
+    result, table = read_results(folder)
     assert set(table["sample_name"]) == {f"{name}{k}" for name in ("user", "non-user") for k in range(32, 37)}
     right = ((table["probability_user"] >= 0.5) == (table["phenotype"] == "user")).sum()
     assert right == (table["correct"] == "yes").sum() == result["tp"] + result["tn"] >= 9
@@ -223,10 +227,10 @@ def test_validation_pictures_that_only_chose_the_epoch_may_be_evaluated(trained)
     assert run("evaluate.py", trained, cwd=trained) == (0, "")
     before = (trained / "metrics.json").read_bytes()
     assert run("evaluate.py", trained, "--split", "val", cwd=trained) == (0, "")
-    assert split_metrics(trained / "val")[0]["split"] == "val" and (trained / "metrics.json").read_bytes() == before
+    assert read_results(trained / "val")[0]["split"] == "val" and (trained / "metrics.json").read_bytes() == before
 
 
-def test_training_pictures_are_refused_under_any_name_and_another_data_set_has_its_own_folder(two, three, tmp_path):
+def test_training_pictures_are_refused_and_another_data_set_has_its_own_output_folder(two, three, tmp_path):
     data, folder = two
     run_of = Path(shutil.copytree(folder, tmp_path / "run"))
     assert run("evaluate.py", run_of, cwd=tmp_path) == (0, "")
@@ -234,9 +238,9 @@ def test_training_pictures_are_refused_under_any_name_and_another_data_set_has_i
     renamed = Path(shutil.copytree(data, tmp_path / "renamed"))
     status, line = run("evaluate.py", run_of, "--data", renamed, "--split", "train", cwd=tmp_path)
     assert status == 1 and "the run was fitted to 48 of these 48 pictures" in line
-    assert run("evaluate.py", run_of, "--data", renamed, cwd=tmp_path) == (0, "")  # the same pictures elsewhere
+    assert run("evaluate.py", run_of, "--data", renamed, cwd=tmp_path) == (0, "")  # the same pictures in another folder
     assert (run_of / "metrics.json").exists() and not list(run_of.glob("renamed*"))
-    other = Path(shutil.copytree(three[0], tmp_path / "elsewhere/data"))  # another cohort in a folder of the same name
+    other = Path(shutil.copytree(three[0], tmp_path / "elsewhere/data"))  # another cohort, the same folder name
     for split in ("train", "val", "test"):
         shutil.rmtree(other / split / "c")
     table = pd.read_csv(other / "samples.csv")
@@ -261,7 +265,7 @@ def test_confounders_are_tested_in_all_splits_of_the_data_set(two, tmp_path, cap
     batch = {}
     for splits in ("all", "test alone"):
         assert run("evaluate.py", folder, "--data", other, "--out", "out", cwd=tmp_path) == (0, "")
-        result = split_metrics(tmp_path / "out")[0]
+        result = read_results(tmp_path / "out")[0]
         batch[splits] = "batch" in result["flagged"]
         assert "rt_shift" in result["confounders"] and "age" in result["confounders"]
         for split in ("train", "val"):
@@ -270,9 +274,9 @@ def test_confounders_are_tested_in_all_splits_of_the_data_set(two, tmp_path, cap
     assert "of all 74 pictures" in capsys.readouterr().out
 
 
-def test_three_phenotypes_from_pictures_to_figures(three, capsys):
+def test_a_run_of_three_phenotypes_is_evaluated(three, capsys):
     assert run("evaluate.py", three[1], cwd=three[0].parent) == (0, "")
-    result, table = split_metrics(three[1])
+    result, table = read_results(three[1])
     assert "the most probable class is predicted" in capsys.readouterr().out and len(table) == 15
     assert np.sum(result["confusion"]) == 15 and np.trace(result["confusion"]) >= 10
 
@@ -282,7 +286,7 @@ def test_cautions_are_in_every_title_and_test_png_has_three_panels(two, tmp_path
     flags = ["--backbone", "test_resnet", "--data", data, *TINY, "--epochs", 1, "--shuffle-labels"]
     assert run("train.py", *flags, cwd=tmp_path) == (0, "")
     capsys.readouterr()
-    assert run("evaluate.py", cwd=tmp_path) == (0, "")  # no RUN: the newest
+    assert run("evaluate.py", cwd=tmp_path) == (0, "")  # without RUN: the newest
     assert list(figures) == ["test.png", "prediction_matrix.png"]
     for text in [capsys.readouterr().out, *(title for title, _ in figures.values())]:
         assert "random initialisation" in text and "trained on shuffled labels" in text
@@ -292,13 +296,13 @@ def test_cautions_are_in_every_title_and_test_png_has_three_panels(two, tmp_path
 
 def test_the_folder_of_a_picture_is_its_true_phenotype(two, tmp_path):
     data, folder = two
-    other = Path(shutil.copytree(data, tmp_path / "data"))  # every test phenotype exchanged
+    other = Path(shutil.copytree(data, tmp_path / "data"))  # exchanges the phenotypes of all test pictures
     for old, new in (("user", "x"), ("non-user", "user"), ("x", "non-user")):
         (other / "test" / old).rename(other / "test" / new)
     counts = []
     for flags in ([], ["--data", other]):
         assert run("evaluate.py", folder, "--out", "out", *flags, cwd=tmp_path) == (0, "")
-        result = split_metrics(tmp_path / "out")[0]
+        result = read_results(tmp_path / "out")[0]
         counts.append([result[name] for name in ("tp", "fn", "fp", "tn")])
     tp, fn, fp, tn = counts[0]
     assert counts[1] == [fp, tn, tp, fn]
@@ -313,7 +317,7 @@ def test_a_fold_is_not_evaluated_on_pictures_that_it_was_fitted_to(two, tmp_path
     assert run("evaluate.py", fold, cwd=tmp_path) == (0, "")
 
 
-def test_other_axes_other_classes_and_moved_data_are_refused_with_the_reason(two, three, tmp_path):
+def test_other_axes_other_classes_and_missing_data_are_refused_with_the_reason(two, three, tmp_path):
     data, folder = two
     raw = data.parent / "raw"
     coarse = ["convert.py", raw, raw / "samples.csv", "coarse", "--rt-range", 1, 11, "--mz-range", 100, 900]
@@ -334,18 +338,18 @@ def test_other_axes_other_classes_and_moved_data_are_refused_with_the_reason(two
 
 @pytest.fixture(scope="session")
 def folds(two, tmp_path_factory):
-    """Folder of three folds, trained briefly, so that they differ."""
+    """Folder of three folds, trained so briefly that they differ."""
     flags = ["--backbone", "pixels", "--data", two[0], "--folds", 3, "--epochs", 2, "--lr", 0.1, "--image-size", 64]
     folder = tmp_path_factory.mktemp("folds")
     assert run("train.py", *flags, cwd=folder) == (0, "")
     return folder / "runs/data/pixels"
 
 
-def test_an_ensemble_predicts_the_mean_of_the_probabilities_of_its_folds(two, folds, tmp_path, capsys):
+def test_the_prediction_of_an_ensemble_is_the_mean_probability_of_its_folds(two, folds, tmp_path, capsys):
     members = []
     for k in range(3):
         assert run("evaluate.py", folds / f"seed2643-fold{k}", "--out", f"{k}", cwd=tmp_path) == (0, "")
-        members.append(split_metrics(tmp_path / f"{k}")[1])
+        members.append(read_results(tmp_path / f"{k}")[1])
         assert "probability_std" not in members[k]
     each = np.array([member["probability_user"] for member in members])  # (member, picture)
     assert each.std(0).max() > 0.01
@@ -354,7 +358,7 @@ def test_an_ensemble_predicts_the_mean_of_the_probabilities_of_its_folds(two, fo
     printed = capsys.readouterr().out
     assert "ensemble of 3; pixels on data, test split, 10 pictures; no network\n" in printed
     assert all(f"{folds}/seed2643-fold{k}, epoch" in printed for k in range(3))
-    result, table = split_metrics(folds / "ensemble")
+    result, table = read_results(folds / "ensemble")
     assert table["sample_name"].equals(members[0]["sample_name"])
     assert table["probability_user"].to_numpy() == pytest.approx(each.mean(0), abs=1e-12)
     assert table["probability_std"].to_numpy() == pytest.approx(each.std(0), abs=1e-12)
@@ -381,13 +385,13 @@ def test_an_ensemble_with_a_fold_is_not_evaluated_on_train_or_val(two, folds, tm
         status, line = run("evaluate.py", *members, *flags, cwd=tmp_path)
         assert status == 1 and "the run was fitted to" in line and not (tmp_path / "out").exists()
     assert run("evaluate.py", *members, cwd=tmp_path) == (0, "")
-    assert split_metrics(tmp_path / "out")[0]["title"].startswith(
+    assert read_results(tmp_path / "out")[0]["title"].startswith(
         "ensemble of 2; pixels on data, test split, 10 pictures"
     )
 
 
-def altered(source, folder, change):
-    """A copy of a run whose checkpoint differs: change(checkpoint)."""
+def copy_and_change(source, folder, change):
+    """Copy a run and apply change(checkpoint) to the copy."""
     shutil.copytree(source, folder)
     checkpoint = torch.load(folder / "best.pt", weights_only=True)
     change(checkpoint)
@@ -402,14 +406,14 @@ def test_an_ensemble_needs_the_same_data_set_axes_and_classes(two, tmp_path):
         ("axes", lambda c: c["recipe"].update(rt_max="12.0"), "another kind of picture than the others"),
         ("data", lambda c: c["config"]["settings"].update(pictures=1), "its data set, or its split, differs"),
     ):
-        other = altered(folder, tmp_path / name, change)
+        other = copy_and_change(folder, tmp_path / name, change)
         for flags in (["--ensemble"], ["--predict", data.parent / "raw/user00.mzML"]):
             status, line = run("evaluate.py", folder, other, *flags, "--out", "out", cwd=tmp_path)
             assert status == 1 and f"{other}: {words}" in line and "\n" not in line
             assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_missing_is_refused_before_the_files_are_read(two, tmp_path):
+def test_a_missing_output_folder_is_refused_before_the_files_are_read(two, tmp_path):
     missing = tmp_path / "nowhere/new.csv"
     raw_file = two[0].parent / "raw/user00.mzML"
     status, line = run("evaluate.py", two[1], "--predict", raw_file, "--out", missing, cwd=tmp_path)
@@ -417,9 +421,9 @@ def test_a_folder_that_is_missing_is_refused_before_the_files_are_read(two, tmp_
 
 
 def test_a_caution_about_one_run_is_in_the_title_of_the_ensemble(two, tmp_path, capsys):
-    shuffled = altered(two[1], tmp_path / "x", lambda c: c["config"]["settings"].update(shuffle_labels=True))
+    shuffled = copy_and_change(two[1], tmp_path / "x", lambda c: c["config"]["settings"].update(shuffle_labels=True))
     assert run("evaluate.py", two[1], shuffled, "--ensemble", "--out", "out", cwd=tmp_path) == (0, "")
-    title = split_metrics(tmp_path / "out")[0]["title"]
+    title = read_results(tmp_path / "out")[0]["title"]
     assert title.startswith("ensemble of 2; pixels on data")
     assert title.endswith("no network; trained on shuffled labels")
 
@@ -446,10 +450,10 @@ def test_an_ensemble_predicts_new_files_and_reads_each_once(two, folds, tmp_path
 # ---------------------------------------------------------------- new raw files
 
 
-def test_a_raw_file_is_predicted_like_its_picture_and_a_bad_file_is_skipped(two, tmp_path):
+def test_a_raw_file_and_its_picture_have_the_same_prediction_and_a_bad_file_is_skipped(two, tmp_path):
     data, folder = two
     assert run("evaluate.py", folder, "--out", "out", cwd=tmp_path) == (0, "")
-    expected = split_metrics(tmp_path / "out")[1].set_index("sample_name")
+    expected = read_results(tmp_path / "out")[1].set_index("sample_name")
     (tmp_path / "empty.mzML").touch()
     short = [(t, np.array([101.0, 499.0]), np.array([0.3, 0.2])) for t in np.linspace(100, 300, 10)]
     write_mzml(tmp_path / "short.mzML", short)
@@ -495,15 +499,24 @@ def test_a_raw_file_with_a_retention_shift_has_a_warning(demo, trained, tmp_path
 # ---------------------------------------------------------------- many runs
 
 
-def table_run(
-    root, backbone, seed, val_loss, data_set="golestan", f1=0.9, suffix="", origin="pretrained", solved=False, **more
+def write_run(
+    root,
+    backbone,
+    seed,
+    val_loss,
+    data_set="golestan",
+    f1=0.9,
+    suffix="",
+    origin="pretrained",
+    logistic_regression=False,
+    **more,
 ):
-    """A run folder for a comparison: config.json, and epochs.csv of three epochs, the second one best."""
+    """Write a run folder for a comparison: config.json, and epochs.csv with three epochs; the second is best."""
     folder = root / data_set / backbone / f"seed{seed}{suffix}"
     folder.mkdir(parents=True)
     (folder / "best.pt").touch()
     settings = {"backbone": backbone, "seed": seed, "fold": None, "shuffle_labels": False, "weights": origin}
-    settings |= {"optimizer": "lbfgs" if solved else "adamax"} | more
+    settings |= {"optimizer": "lbfgs" if logistic_regression else "adamax"} | more
     config = {"data_set": data_set, "parameters": 8_100_000, "settings": settings, "baseline_loss": 0.5832}
     write_json(folder / "config.json", config)
     names = ["loss", "accuracy", "precision", "recall", "f1", "roc_auc"]
@@ -517,16 +530,16 @@ def table_run(
 
 
 def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(tmp_path):
-    table_run(tmp_path, "resnet18", 1, 0.4)
-    table_run(tmp_path, "mobileone_s3", 1, 0.26, f1=0.95)
-    table_run(tmp_path, "pixels", 1, 0.3, origin="no network")
-    table_run(tmp_path, "convnext_nano", 1, 0.35, origin="random initialisation")
-    table_run(tmp_path, "vgg11", 1, 0.69, shuffle_labels=True)
+    write_run(tmp_path, "resnet18", 1, 0.4)
+    write_run(tmp_path, "mobileone_s3", 1, 0.26, f1=0.95)
+    write_run(tmp_path, "pixels", 1, 0.3, origin="no network")
+    write_run(tmp_path, "convnext_nano", 1, 0.35, origin="random initialisation")
+    write_run(tmp_path, "vgg11", 1, 0.69, shuffle_labels=True)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
     table = pd.read_csv(tmp_path / "comparison.csv", keep_default_na=False).set_index("backbone")
     assert list(table.index) == ["mobileone_s3", "pixels", "convnext_nano", "resnet18", "vgg11"]
     columns = ["parameters_millions", "best_epoch", "val_loss", "val_f1", "seconds", "train_loss"]
-    best = table.loc["mobileone_s3", columns].tolist()  # of the best epoch, not of the last
+    best = table.loc["mobileone_s3", columns].tolist()  # the best epoch, not the last
     assert best == pytest.approx([8.1, 2, 0.26, 0.95, 30, 0.2])
     assert table["notes"].tolist()[:4] == ["", "no network", "random initialisation", ""]
     assert "shuffled" in table["notes"]["vgg11"]
@@ -536,17 +549,17 @@ def test_a_comparison_has_the_columns_of_the_article_sorted_by_validation_loss(t
     for split in ("train", "val"):
         columns += [f"{split}_{name}" for name in ("loss", "accuracy", "f1", "precision", "recall")]
     assert header.split()[:17] == [*columns, "baseline_loss", "seconds"]
-    assert "Kruskal" not in text  # without replicates
+    assert "Kruskal" not in text  # there are no replicates
 
 
-def test_runs_judged_out_of_fold_and_by_validation_are_compared_apart(tmp_path):
-    table_run(tmp_path, "resnet18", 1, 0.2)
-    table_run(tmp_path, "vgg11", 1, 0.1)
+def test_runs_with_out_of_fold_and_with_validation_metrics_are_compared_separately(tmp_path):
+    write_run(tmp_path, "resnet18", 1, 0.2)
+    write_run(tmp_path, "vgg11", 1, 0.1)
     for backbone, loss in (("pixels", 0.4), ("mobileone_s3", 0.3)):
         for seed in (1, 2, 3):
-            table_run(tmp_path, backbone, seed, loss + seed / 100, solved=True)
+            write_run(tmp_path, backbone, seed, loss + seed / 100, logistic_regression=True)
     for seed in (4, 5):
-        table_run(tmp_path, "resnet18", seed, 0.2)
+        write_run(tmp_path, "resnet18", seed, 0.2)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
     table = pd.read_csv(tmp_path / "comparison.csv")
     assert table["judged"].tolist() == ["out of fold"] * 6 + ["validation"] * 4
@@ -554,11 +567,11 @@ def test_runs_judged_out_of_fold_and_by_validation_are_compared_apart(tmp_path):
     text = (tmp_path / "comparison.md").read_text()
     assert "val_ is too good" in text.split("```")[0]
     pairs = [line.split("  ")[0] for line in text.splitlines() if " / " in line]
-    assert pairs == ["golestan/mobileone_s3 / golestan/pixels"]  # only between runs that are judged alike
+    assert pairs == ["golestan/mobileone_s3 / golestan/pixels"]  # only runs with the same `judged`
 
 
-def replicates_in(path):
-    """{label: [numbers]} of the table of replicates in a comparison.md."""
+def read_replicates(path):
+    """{label: [numbers]} from the table of replicates in a comparison.md."""
     lines = path.read_text().split("\nreplicates ")[1].split("```")[0].strip().splitlines()
     return {label: list(map(float, numbers.split())) for label, numbers in (line.split("  ", 1) for line in lines)}
 
@@ -569,16 +582,16 @@ LOSSES = {
     "vgg11": [0.44, 0.39, 0.33, 0.52, 0.47],
     "pixels": [0.26, 0.30, 0.52],
 }
-# scikit-posthocs 0.17.1 (SciPy 1.17.1) on LOSSES, which have ties: posthoc_dunn(groups, p_adjust="fdr_bh").
+# posthoc_dunn(groups, p_adjust="fdr_bh") of scikit-posthocs 0.17.1 (SciPy 1.17.1) on LOSSES, which have ties
 DUNN_ADJUSTED = [0.193911907529, 0.030525046843, 0.456237189046, 0.456237189046, 0.469880472169, 0.242962465848]
 
 
-def test_dunns_p_values_are_those_of_scikit_posthocs():
+def test_dunns_p_values_equal_those_of_scikit_posthocs():
     replicates = {name: pd.DataFrame({"val_loss": values, "val_f1": 0.9}) for name, values in LOSSES.items()}
     p = evaluate.compute_p_values(pd.concat(replicates).droplevel(1), ["val_loss", "val_f1"])
     kruskal = 0.03838948028589229  # scipy.stats.kruskal
     assert p["val_loss"].tolist() == pytest.approx([kruskal, *DUNN_ADJUSTED], abs=1e-10)
-    assert p["val_f1"].isna().all()  # a metric that never differs has no p value
+    assert p["val_f1"].isna().all()  # a constant metric has no p value
 
 
 def test_folds_are_pooled_and_have_no_p_values(two, tmp_path):
@@ -600,13 +613,13 @@ def test_folds_are_pooled_and_have_no_p_values(two, tmp_path):
 def test_replicates_are_runs_that_differ_only_in_the_seed(tmp_path, capsys):
     for backbone, losses in LOSSES.items():
         for seed, loss in enumerate(losses):
-            table_run(tmp_path, backbone, seed, loss, origin="no network" if backbone == "pixels" else "pretrained")
+            write_run(tmp_path, backbone, seed, loss, origin="no network" if backbone == "pixels" else "pretrained")
     for seed in (0, 1):
-        table_run(tmp_path, "resnet18", seed, 0.69, suffix="-shuffled", shuffle_labels=True)
-        table_run(tmp_path, "mixed", seed, 0.5, optimizer=("adam", "rmsprop")[seed])
-    table_run(tmp_path, "once", 0, 0.2)
+        write_run(tmp_path, "resnet18", seed, 0.69, suffix="-shuffled", shuffle_labels=True)
+        write_run(tmp_path, "mixed", seed, 0.5, optimizer=("adam", "rmsprop")[seed])
+    write_run(tmp_path, "once", 0, 0.2)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
-    table = replicates_in(tmp_path / "comparison.md")
+    table = read_replicates(tmp_path / "comparison.md")
     runs = {"golestan/mobileone_s3": 5, "golestan/pixels (no network)": 3, "golestan/resnet18": 5}
     runs |= {"golestan/vgg11": 5, "golestan/resnet18 (trained on shuffled labels)": 2}
     assert {label: numbers[-1] for label, numbers in table.items()} == runs
@@ -622,17 +635,17 @@ def test_replicates_are_runs_that_differ_only_in_the_seed(tmp_path, capsys):
 def test_one_backbone_on_several_data_sets_is_compared_by_data_set(tmp_path):
     for data_set, shift in (("bins500", 0.0), ("bins1000", 0.1), ("bins500_copies", -0.1)):
         for seed in range(3):
-            table_run(tmp_path, "mobileone_s3", seed, 0.3 + shift + seed / 100, data_set)
+            write_run(tmp_path, "mobileone_s3", seed, 0.3 + shift + seed / 100, data_set)
     assert run("evaluate.py", tmp_path, cwd=tmp_path) == (0, "")
     names = [f"{name}/mobileone_s3" for name in ("bins500_copies", "bins500", "bins1000")]
-    assert list(replicates_in(tmp_path / "comparison.md")) == names
+    assert list(read_replicates(tmp_path / "comparison.md")) == names
 
 
 WRONG = ["old new --threshold 0.4", "old new --data x", "old new --split val", "old --threshold val"]
 
 
 @pytest.mark.parametrize("flags", WRONG)
-def test_wrong_usage_is_status_2(two, tmp_path, monkeypatch, capsys, flags):
+def test_a_wrong_combination_of_flags_gives_exit_status_2(two, tmp_path, monkeypatch, capsys, flags):
     for name in ("old", "new"):
         (tmp_path / name).symlink_to(two[1])
     assert run("evaluate.py", *flags.split(), cwd=tmp_path)[0] == 2

@@ -1,4 +1,4 @@
-"""explain.py: maps keep positions, a planted peak is found, lists of features are read and queried."""
+"""Tests of explain.py: positions in maps, a planted peak, and lists of features."""
 
 import shutil
 from dataclasses import replace
@@ -37,7 +37,7 @@ def network(two):
     return data.parent / "runs" / data.name / "test_resnet" / "seed2643"
 
 
-def test_the_ranking_is_written_although_the_default_layer_has_no_cam(two, network, tmp_path, monkeypatch, capsys):
+def test_the_ranking_is_written_if_the_default_layer_has_no_cam(two, network, tmp_path, monkeypatch, capsys):
     def fails(*_, **__):
         raise InputError("no CAM at stage2 (a list has no place); try other --layers")
 
@@ -51,7 +51,7 @@ def test_the_ranking_is_written_although_the_default_layer_has_no_cam(two, netwo
 
 @pytest.mark.parametrize("scales", [None, ["last:1"]])
 @pytest.mark.parametrize("name", ["hrnet_w18_small", "coat_mini", "mvitv2_tiny"])
-def test_the_default_layer_is_the_map_that_the_head_sees_where_no_module_returns_one(name, scales):
+def test_the_default_layer_is_the_input_of_the_head_if_no_module_returns_that_map(name, scales):
     model = Classifier(name, 1, scales, finetune="all").eval()
     nn.init.normal_(model.head.weight)
     layers = explain.choose_layers(model)
@@ -60,24 +60,24 @@ def test_the_default_layer_is_the_map_that_the_head_sees_where_no_module_returns
     assert layers == ["taps.0"] and cam.shape == (64, 64) and cam.max() > 0
 
 
-def test_resizing_keeps_every_position_to_half_a_pixel():
-    ramp = ((torch.arange(16) + 0.5) / 16).expand(1, 16, 16)  # the value is the fraction of the axis
+def test_resizing_keeps_positions_within_half_a_pixel():
+    ramp = ((torch.arange(16) + 0.5) / 16).expand(1, 16, 16)  # each value is its fraction of the axis
     fine = explain.resize_maps(ramp, (64, 100))[0, 0]
     assert np.allclose(fine[4:-4], ((np.arange(100) + 0.5) / 100)[4:-4], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["pixels", "test_resnet"])
-def test_the_planted_peak_leads_the_evidence_and_the_ranking(two, network, name, monkeypatch, capsys):
+def test_the_planted_peak_has_the_highest_evidence_and_rank_1(two, network, name, monkeypatch, capsys):
     maps, draw_overlay = [], explain.draw_overlay
     monkeypatch.setattr(
         explain, "draw_overlay", lambda *arguments: maps.append(arguments[1]) or draw_overlay(*arguments)
     )
     folder = two[1] if name == "pixels" else network
     assert run("explain.py", folder, cwd=two[0].parent) == (0, "")
-    said = capsys.readouterr().out
-    assert "3 of 4 inside the axes" in said and said.startswith(name)
-    assert ("no network" if name == "pixels" else "random initialisation") in said.splitlines()[0]
-    assert ("no cam_grid.png: the head sees the picture alone" in said) == (name == "pixels")
+    printed = capsys.readouterr().out
+    assert "3 of 4 inside the axes" in printed and printed.startswith(name)
+    assert ("no network" if name == "pixels" else "random initialisation") in printed.splitlines()[0]
+    assert ("no cam_grid.png: the head sees the picture alone" in printed) == (name == "pixels")
     row, column = np.unravel_index(abs(maps[0]).argmax(), maps[0].shape)
     rt, mz = RECIPE.from_fraction((column + 0.5) / 64, (row + 0.5) / 64)
     assert abs(rt - PEAK[0]) < 0.5 and abs(mz - PEAK[1]) < 40  # three bins
@@ -98,14 +98,14 @@ def test_the_planted_peak_leads_the_evidence_and_the_ranking(two, network, name,
             assert min(image.size) > 500
 
 
-def test_a_feature_is_up_in_one_class_and_down_in_the_other(two, network, tmp_path):
+def test_a_feature_that_is_up_in_one_class_is_down_in_the_other(two, network, tmp_path):
     flags = ["--class", "non-user", "--n", 2, "--out", tmp_path / "other"]
     assert run("explain.py", two[1], *flags, "--features", two[0] / "features.csv", cwd=two[0].parent) == (0, "")
     table = pd.read_csv(tmp_path / "other/features.csv")
     assert table["name"][0].startswith("Morphine") and table["direction"][0] == "down"
 
 
-def test_half_precision_gives_the_evidence_of_double_precision(two, network, tmp_path):
+def test_half_and_double_precision_give_the_same_evidence(two, network, tmp_path):
     rng = np.random.default_rng(0)
     places = pd.DataFrame({"rt": rng.uniform(1, 11, 300), "mz": rng.uniform(100, 900, 300)})
     places.to_csv(tmp_path / "places.csv", index=False)
@@ -121,14 +121,14 @@ def test_half_precision_gives_the_evidence_of_double_precision(two, network, tmp
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "swin"])
-def test_any_kind_of_backbone_has_a_cam_of_either_class(backbone):
+def test_every_kind_of_backbone_has_a_cam_for_both_classes(backbone):
     model = Classifier("test_resnet" if backbone == "swin" else backbone, 1, ["last:1"], 64)
-    if backbone == "swin":  # its maps are channels last; a small one, as Swin-T takes its time
+    if backbone == "swin":  # channels last; a small Swin, as Swin-T is slow
         small = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "img_size": 64}
         model.backbone = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **small)
         model.standardize, model.head, model.sizes = nn.BatchNorm1d(32, affine=False), nn.Linear(32, 1), [32]
         model.scales, model.map_indices = [(8, 1, 1)], [1]
-    model.eval().requires_grad_(False)  # as a frozen backbone is
+    model.eval().requires_grad_(False)  # like a frozen backbone
     nn.init.normal_(model.head.weight)
     layers = explain.choose_layers(model)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 50, 40), np.uint8)
@@ -138,7 +138,7 @@ def test_any_kind_of_backbone_has_a_cam_of_either_class(backbone):
     assert not np.allclose(*maps)
 
 
-def test_one_logit_explains_both_classes():
+def test_a_model_with_one_logit_has_a_cam_for_both_classes():
     model = Classifier("test_resnet", 1, ["last:1"], 64).eval()
     nn.init.normal_(model.head.weight)
     picture = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
@@ -147,13 +147,13 @@ def test_one_logit_explains_both_classes():
     assert np.array_equal(cam, next(explain.compute_cams(model, ["taps.0"], RECIPE, [picture], 1))) and cam.max() > 0
 
 
-def test_evidence_follows_the_predictions_and_not_the_brightness():
+def test_evidence_depends_on_the_predictions_and_not_on_the_intensity():
     rng = np.random.default_rng(0)
     p = rng.uniform(size=80)
     intensities = rng.uniform(0, 0.1, (80, 20))
     intensities[:, 0] += 0.5 * p
     intensities[:, 16] -= 0.5 * p
-    intensities[:, 12] += 5  # bright in all
+    intensities[:, 12] += 5  # high in all pictures
     intensities[:, 6] = 0.3
     evidence = explain.compute_evidence(intensities, p, explain.find_common_components(intensities, p))
     assert evidence.shape == (20,) and evidence[0] > 0.9 and evidence[16] < -0.9
@@ -162,10 +162,10 @@ def test_evidence_follows_the_predictions_and_not_the_brightness():
     assert abs(evidence).max() < 0.4
 
 
-def test_a_batch_effect_is_projected_out_but_the_class_is_not():
+def test_evidence_excludes_a_batch_effect_and_includes_the_class():
     rng = np.random.default_rng(0)
     batch, predicted = np.repeat([0.0, 1.0], 40), np.tile([0.0, 1.0], 40)
-    p = 0.7 * predicted + 0.2 * batch + rng.uniform(0, 0.1, 80)  # the network has learned a little of the batch
+    p = 0.7 * predicted + 0.2 * batch + rng.uniform(0, 0.1, 80)  # the network has partly learned the batch
     intensities = rng.normal(0, 0.1, (80, 100))
     intensities[:, 50:] += batch[:, None]
     intensities[:, 23] += 0.3 * predicted
@@ -191,8 +191,8 @@ def test_evidence_is_the_correlation_after_regressing_the_components_out():
     assert abs(components.T @ components - np.eye(2)).max() < 1e-9
     known = np.column_stack([np.ones(300), components])
     both = np.column_stack([p, intensities])
-    rest = both - known @ np.linalg.lstsq(known, both, rcond=None)[0]
-    expected = pearsonr(rest[:, 1:], rest[:, :1]).statistic
+    residuals = both - known @ np.linalg.lstsq(known, both, rcond=None)[0]
+    expected = pearsonr(residuals[:, 1:], residuals[:, :1]).statistic
     assert explain.compute_evidence(intensities, p, components) == pytest.approx(expected, abs=1e-5)
 
 
@@ -209,7 +209,7 @@ def test_five_percent_of_random_features_have_a_p_below_five_percent():
     assert table["p"][1] > 0.99 and 0.03 < (table["p"][2:] < 0.05).mean() < 0.07
 
 
-def test_three_injections_of_a_person_count_as_one(two, network, tmp_path):
+def test_three_injections_of_a_person_count_as_one_sample(two, network, tmp_path):
     data = shutil.copytree(two[0], tmp_path / "data")
     samples = pd.read_csv(data / "samples.csv", dtype=str)
     for i in (1, 2):
@@ -229,7 +229,7 @@ def test_three_injections_of_a_person_count_as_one(two, network, tmp_path):
     pd.testing.assert_frame_equal(once, thrice, rtol=1e-3, atol=1e-6)
 
 
-def test_t_compares_the_known_phenotypes_and_in_box_counts_the_neighbours():
+def test_t_compares_the_known_phenotypes_and_in_box_counts_neighbouring_features():
     rng = np.random.default_rng(0)
     intensities = rng.normal(size=(12, 64, 64))
     intensities[:6, 10, 20] += 3
@@ -262,7 +262,7 @@ def test_all_cams_of_a_figure_share_one_scale(tmp_path, monkeypatch):
     assert norms[1] is norms[3] and norms[1](2.0) == 1 and norms[1](0.02) == pytest.approx(0.1)
 
 
-def test_local_intensity_tolerates_retention_shifts_and_with_rt_removes_what_all_masses_share():
+def test_local_intensity_tolerates_retention_shifts_and_with_rt_subtracts_the_background():
     def intensity(column, normalize="quantile", around=0.0):
         values = np.zeros((64, 64))
         values[20, column] = 0.4
@@ -275,7 +275,7 @@ def test_local_intensity_tolerates_retention_shifts_and_with_rt_removes_what_all
     assert intensity(30, "rt", around=0.2) == pytest.approx(intensity(30, "rt"), abs=0.01)
 
 
-def test_the_inclusion_list_needs_q_and_t_q():
+def test_features_in_the_inclusion_list_have_low_q_and_t_q():
     table = pd.DataFrame({"name": ["a", "b", "c"], "mz": [462.175, 300.0, 400.0], "rt": [0.2, 5.0, 6.0]})
     table = table.assign(q=[0.01, 0.3, 0.01], t_q=[0.01, 0.01, 0.3])
     targets = explain.make_inclusion_list(table, tolerance=0.3)
@@ -286,13 +286,13 @@ def test_the_inclusion_list_needs_q_and_t_q():
         assert targets["Compound"].tolist() == list(names)
 
 
-def test_a_raw_file_is_explained_like_its_picture_and_other_axes_are_refused(two, network, tmp_path, capsys):
+def test_a_raw_file_and_its_picture_have_the_same_ranking_and_other_axes_are_refused(two, network, tmp_path, capsys):
     data = two[0]
     picture = next(data.glob("test/user/*.png"))
     (tmp_path / "raw").mkdir()
     shutil.copy(data.parent / "raw" / f"{picture.stem}.mzML", tmp_path / "raw")
     tables = {}
-    (tmp_path / "raw/empty.mzML").touch()  # is skipped
+    (tmp_path / "raw/empty.mzML").touch()  # this file is skipped
     for name, source in (("png", picture), ("raw", tmp_path / "raw")):
         flags = ["--features", data / "features.csv", "--layers", "act1", "layer1", "--query", "average_rt_min_ < 5"]
         assert run("explain.py", network, "--input", source, *flags, "--out", name, cwd=tmp_path) == (0, "")
@@ -301,7 +301,7 @@ def test_a_raw_file_is_explained_like_its_picture_and_other_axes_are_refused(two
         assert tables[name]["t"].isna().all() and tables[name]["t_q"].isna().all()  # one phenotype or none
     pd.testing.assert_frame_equal(tables["png"], tables["raw"], rtol=1e-4, atol=1e-6)
     assert set(tables["png"]["alignment_id"]) == {0, 2}
-    # A ranking can be the list of features.
+    # A ranking can be a list of features again.
     again = ["--input", picture, "--features", tmp_path / "png/features.csv", "--out", "again"]
     assert run("explain.py", network, *again, cwd=tmp_path) == (0, "")
     # Few pictures have no evidence, and pixels has no CAM. Pictures of one predicted class have evidence.
@@ -333,7 +333,7 @@ def test_a_raw_file_is_explained_like_its_picture_and_other_axes_are_refused(two
         ("--features samples.csv", "no columns of retention time"),
     ],
 )
-def test_bad_input_ends_in_one_clear_line(two, network, flags, answer):
+def test_bad_input_gives_an_error_of_one_line(two, network, flags, answer):
     status, line = run("explain.py", network, *flags.split(), cwd=two[0])
     assert status == 1 and answer in line and line.startswith("explain.py: ") and "\n" not in line
 
@@ -342,7 +342,7 @@ def test_bad_input_ends_in_one_clear_line(two, network, flags, answer):
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
 def test_an_msdial_export_is_read_with_or_without_its_four_header_lines(tmp_path, preamble, delimiter):
     lines = [line.replace('"Morphine-3-glucuronide, M3G"', "M3G").replace(",", delimiter) for line in MSDIAL]
-    text = "\n".join([delimiter * 5 + "Class"] * preamble + lines)  # as wide as the header or not
+    text = "\n".join([delimiter * 5 + "Class"] * preamble + lines)  # narrower than the header
     (tmp_path / "features.txt").write_text(text, encoding="utf-8-sig")
     table = explain.read_features(tmp_path / "features.txt", RECIPE)
     assert (table.rt[0], table.mz[0], table.name[0]) == (4.37, 462.175, "M3G")
@@ -365,11 +365,11 @@ def test_peak_lists_and_short_tables_are_read(tmp_path):
         ("row ID,row m/z,row retention time,a.mzML Peak area,\n1,300.5,5.25,9,\n", ""),  # mzmine
         (',mz,rt,name\n0,300.5,5.25,"B, x"\n', "B, x"),  # pandas, with its index
         ('"","","",""\n"","","","Raw"\n"Compound","m/z","Retention time (min)","a"\n"c","300.5","5.25",""\n', "c"),
-        ("rt,mz,name\n5.25,300.5,0\n6,400,\n", "0.0"),  # numbers, and one without
+        ("rt,mz,name\n5.25,300.5,0\n6,400,\n", "0.0"),  # names that are numbers, one missing
         ("rt,mz,name\n5.25,300.5,7\n", "7"),
     ],
 )
-def test_lists_of_other_programs_are_read(tmp_path, text, name):
+def test_feature_lists_of_other_programs_are_read(tmp_path, text, name):
     (tmp_path / "features.csv").write_text(text)
     table = explain.read_features(tmp_path / "features.csv", RECIPE)
     assert (table.rt[0], table.mz[0], table.name[0]) == (5.25, 300.5, name)
@@ -384,21 +384,21 @@ def test_lists_of_other_programs_are_read(tmp_path, text, name):
         (',"mzmed","rtmed"\nFT1,300,315\n', "retention times in seconds"),  # XCMS
     ],
 )
-def test_lists_that_cannot_be_read_end_in_one_line(tmp_path, text, message):
+def test_an_unreadable_feature_list_gives_an_error_of_one_line(tmp_path, text, message):
     (tmp_path / "features.csv").write_text(text)
     with pytest.raises(InputError, match=message) as refusal:
         explain.read_features(tmp_path / "features.csv", RECIPE)
     assert "\n" not in str(refusal.value)
 
 
-def test_a_list_in_seconds_gets_a_warning(tmp_path, capsys):
+def test_a_feature_list_in_seconds_gives_a_warning(tmp_path, capsys):
     for seconds, warned in (([5, 120, 300], True), ([5, 6, 300], False)):
         (tmp_path / "features.csv").write_text("rt,mz\n" + "".join(f"{s},300\n" for s in seconds))
         explain.read_features(tmp_path / "features.csv", RECIPE)
         assert ("retention times in seconds" in capsys.readouterr().out) == warned
 
 
-def test_a_raw_file_keeps_the_dots_in_its_name_and_other_files_are_refused(two, tmp_path):
+def test_a_sample_name_keeps_its_dots_and_other_files_are_refused(two, tmp_path):
     name = "2023.05.12_KO_1"
     shutil.copy(next((two[0].parent / "raw").glob("user*.mzML")), tmp_path / f"{name}.mzML")
     (tmp_path / "list.mgf").write_text("BEGIN IONS\nEND IONS\n")
@@ -420,9 +420,12 @@ def test_names_of_features_may_be_numbers(two, tmp_path):
     [
         ("3.5<average_rt_min_<5 and 460<average_mz<500", [0]),  # the article's
         ("annotation_tag_vs1_0_ == '430'", [0]),
-        ("annotation_tag__vs1_0_=='430' and 3.5<average_rt_min_<5", [0]),  # the article's: pyjanitor keeps both
+        (
+            "annotation_tag__vs1_0_=='430' and 3.5<average_rt_min_<5",
+            [0],
+        ),  # the article's; pyjanitor keeps both underscores
         ("ms__ms_matched == True and metabolite_name != 'Somewhere_else'", [0]),
-        ("metabolite_name == 'Somewhere__else'", [2]),  # a text stays as it is
+        ("metabolite_name == 'Somewhere__else'", [2]),  # text is not cleaned
         ("annotation_tag_vs1_0_ in ['430', '530'] and rt < 3", [2]),
         ("annotation_tag_vs1_0_.str.startswith('5')", [1, 2]),
         ("ms_ms_matched == True", [0]),
@@ -434,7 +437,7 @@ def test_queries_of_the_article_select_features(tmp_path, query, rows):
     assert list(explain.read_features(tmp_path / "features.csv", RECIPE, query)["alignment_id"]) == rows
 
 
-def test_tokens_and_channels_last_maps_become_channels_first():
+def test_tokens_and_channels_last_maps_are_converted_to_channels_first():
     class Tokens:
         num_prefix_tokens = 1
         patch_embed = type("PatchEmbed", (), {"grid_size": (4, 5)})

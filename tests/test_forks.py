@@ -1,4 +1,4 @@
-"""What a fork changes has one place: each fork of the README's section on forking, made and run on a copy."""
+"""Tests of the forks in the README: each change is made in one place of a copy of the scripts, then run."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from conftest import ROOT
 FLAGS = ["--backbone", "pixels", "--scales", "1:8", "--image-size", 64, "--epochs", 2, "--lr", 0.1, "--data"]
 
 
-# Runs the commands that it reads, with the scripts loaded anew each time, in one process: loading torch once is enough.
+# Runs commands from stdin in one process, so that torch loads once. The scripts are imported anew for each command.
 SERVER = """
 import io, json, os, runpy, sys, traceback
 for line in sys.stdin:
@@ -42,7 +42,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def server():
-    """call(folder, script, *arguments) -> (exit status, stdout, stderr) of a command in a fork."""
+    """Function call(folder, script, *arguments) -> (exit status, stdout, stderr) of a command in a fork."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes) as process:
 
@@ -56,13 +56,13 @@ def server():
 
 @pytest.fixture()
 def fork(tmp_path, server):
-    """A copy of the scripts, and functions: edit(script, old text, new text), works(command), refused(command)."""
+    """(copy of the scripts, and the functions edit(script, old, new), works(*command), refused(*command))."""
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
 
     def edit(script, old, new):
         text = (tmp_path / script).read_text()
-        assert text.count(old) == 1, f"{script} has {old!r} {text.count(old)} times"
+        assert text.count(old) == 1, f"{script} contains {old!r} {text.count(old)} times"
         (tmp_path / script).write_text(text.replace(old, new))
 
     def works(*command):
@@ -78,7 +78,7 @@ def fork(tmp_path, server):
     return tmp_path, edit, works, refused
 
 
-def test_square_root_in_place_of_the_logarithm(fork, two):
+def test_a_fork_can_replace_the_logarithm_by_the_square_root(fork, two):
     folder, edit, works, refused = fork
     edit("deeplcms.py", '    colormap: str = "jet"\n', '    colormap: str = "jet"\n    scale: str = "log"\n')
     logarithm = "values = np.log1p(values) / np.log(256)"
@@ -101,13 +101,13 @@ def test_square_root_in_place_of_the_logarithm(fork, two):
     assert "scale is log, not root" in refused("evaluate.py", "--data", "log")
 
 
-def test_mixup_is_a_setting_that_nothing_forgets(fork, two):
+def test_a_fork_can_add_mixup_as_a_setting_of_the_run(fork, two):
     folder, edit, works, refused = fork
     edit("train.py", '    add("--warp"', '    add("--mixup", type=float, default=0.0)\n    add("--warp"')
     mixed = "    if settings.mixup:\n        x = x + settings.mixup * (x[torch.randperm(len(x))] - x)\n"
     step = "    optimizer.zero_grad()\n    with autocast"
     edit("train.py", step, mixed + step)
-    flags = ["--optimizer", "adamax", *FLAGS]  # a head that is solved takes no steps
+    flags = ["--optimizer", "adamax", *FLAGS]  # logistic regression has no steps
     works("train.py", *flags, two[0])
     assert "is a training with mixup 0.0, not 0.2" in refused("train.py", *flags, two[0], "--mixup", 0.2)
     works("train.py", *flags, two[0], "--mixup", 0.2, "--name", "mixup")
@@ -117,7 +117,7 @@ def test_mixup_is_a_setting_that_nothing_forgets(fork, two):
     assert losses[0] != losses[1]
 
 
-def test_another_head(fork, two):
+def test_a_fork_can_replace_the_head(fork, two):
     folder, edit, works, refused = fork
     text = (folder / "train.py").read_text()
     old = re.search(r"        self.head = nn.Linear.*?\n(?:        nn.init.*\n)+", text).group()
@@ -128,7 +128,7 @@ def test_another_head(fork, two):
     works("explain.py")
 
 
-def test_one_grey_channel(fork, two):
+def test_a_fork_can_use_one_grey_channel(fork, two):
     folder, edit, works, refused = fork
     edit("train.py", "CHANNELS = 3", "CHANNELS = 1")
     edit("train.py", "v2.Lambda(functools.partial(colours, colormap=recipe.colormap))", "v2.Lambda(np.atleast_3d)")
@@ -139,17 +139,17 @@ def test_one_grey_channel(fork, two):
     works("explain.py")
 
 
-def test_one_more_thing_to_tune(fork, two):
+def test_a_fork_can_tune_another_setting(fork, two):
     folder, edit, works, refused = fork
     edit("train.py", '"scheduler": list(SCHEDULERS)}', '"scheduler": ["cosine"], "warp": [0.0, 9.0]}')
     printed = works("train.py", *FLAGS, two[0], "--tune", 8)
     trials = pd.read_csv(folder / "runs/data/pixels/tune/trials.csv")
     assert trials.groupby(["params_optimizer", "params_warp"]).ngroups == 8 and "--warp" in printed
-    assert (trials.groupby("params_optimizer")["value"].nunique() == 2).all()  # features are stored anew for each warp
+    assert (trials.groupby("params_optimizer")["value"].nunique() == 2).all()  # features are cached anew for each warp
 
 
-def test_a_regression_label(fork, two):
-    """The ages in samples.csv: what is learned, the loss and the metrics have one place each."""
+def test_a_fork_can_train_regression(fork, two):
+    """The labels are the ages in samples.csv. Labels, loss and metrics have one place each."""
     folder, edit, works, refused = fork
     edit(
         "deeplcms.py",
@@ -172,8 +172,8 @@ def test_a_regression_label(fork, two):
     assert "val_rmse" in pd.read_csv(next(folder.glob("runs/**/comparison.csv")))
 
 
-def test_two_modes_a_sample(fork, two):
-    """Positive and negative scans of a sample lie side by side: the second file's scans come 11 minutes later."""
+def test_a_fork_can_combine_two_polarities_in_a_picture(fork, two):
+    """Negative scans are 11 minutes later than positive scans, so both are side by side in one picture."""
     folder, edit, works, refused = fork
     both = """def read_raw(path, *options):
     (said, positive), (_, negative) = read_one(path, *options), read_one(path, *options)
@@ -219,7 +219,7 @@ def small(pretrained=False, **options):
 """
 
 
-def test_a_backbone_of_ones_own(fork, two):
+def test_a_fork_can_add_a_backbone(fork, two):
     folder, edit, works, refused = fork
     (folder / "small.py").write_text(NETWORK)
     edit("train.py", "import timm\n", "import small\nimport timm\n")
@@ -235,7 +235,7 @@ def test_a_backbone_of_ones_own(fork, two):
     assert "its map of stride 8 has not the channels of its feature_info" in error
 
 
-def test_another_metric_chooses_the_epoch(fork, two):
+def test_a_fork_can_choose_the_kept_epoch_by_another_metric(fork, two):
     folder, edit, works, refused = fork
     old = 'row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf'
     edit("train.py", f"return {old}", 'return 1 - row["val_f1"]')
@@ -246,7 +246,7 @@ def test_another_metric_chooses_the_epoch(fork, two):
     assert kept["val_f1"] == epochs["val_f1"].max()
 
 
-def test_class_weights(fork, two):
+def test_a_fork_can_weight_the_classes(fork, two):
     folder, edit, works, refused = fork
     edit("train.py", "labels.to(logits.dtype))", "labels.to(logits.dtype), pos_weight=torch.tensor(3.0))")
     works("train.py", *FLAGS, two[0], "--folds", 3)

@@ -1,4 +1,4 @@
-"""Facts about training, on the command line and in its parts."""
+"""Tests of train.py: its functions and its command line."""
 
 import argparse
 import copy
@@ -30,10 +30,10 @@ from deeplcms import InputError, Recipe
 from train import Classifier, Pictures
 
 
-HERE = argparse.Namespace(workers=0, amp=False)  # extraction in this process
+HERE = argparse.Namespace(workers=0, amp=False)  # features are extracted in this process
 
 
-def epochs_of(folder):
+def read_epochs(folder):
     return pd.read_csv(folder / "epochs.csv").drop(columns="seconds")
 
 
@@ -42,15 +42,15 @@ def tiny(data, *flags, backbone="test_resnet"):
 
 
 def train_in(tmp_path, data, *flags, backbone="test_resnet", out="runs"):
-    """One training in this process; returns its folder."""
+    """Train once in this process; returns the run folder."""
     arguments = tiny(data, "--out", out, *flags, backbone=backbone)
     assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
     [folder] = (tmp_path / out / data.name / backbone).glob("seed*")
     return folder
 
 
-def labelled(data, *splits):
-    """(table, recipe) of pictures of the demo cohort with labels."""
+def read_labelled(data, *splits):
+    """(table with labels, recipe) of pictures of the demo cohort."""
     pictures, recipe = deeplcms.find_pictures(data, splits)
     return pictures.assign(label=deeplcms.make_labels(pictures, ["control", "exposed"])), recipe
 
@@ -59,16 +59,18 @@ def labelled(data, *splits):
 
 
 JET = Recipe(0, 1, 0, 1)
-PLAIN = argparse.Namespace(image_size=60, mean=(0, 0, 0), std=(1, 1, 1))  # of a network, all that a transform asks
+PLAIN = argparse.Namespace(
+    image_size=60, mean=(0, 0, 0), std=(1, 1, 1)
+)  # the attributes of a network that a transform reads
 
 
-def drawn_as(augmentation, **values):
-    """The arguments of an augmentation, some of its values replaced."""
+def augmentation_settings(augmentation, **values):
+    """Settings with the values of an augmentation preset, some of them replaced."""
     args = train.parse_arguments(["--backbone", "pixels", "--data", "x", "--augmentation", augmentation])
     return argparse.Namespace(**vars(train.fill_augmentation(args)) | values)
 
 
-def test_a_pixel_in_each_corner_is_still_there_in_the_input():
+def test_pixels_in_the_corners_of_a_picture_remain_in_the_input():
     picture = np.zeros((100, 140), np.uint8)
     picture[:2, :2] = picture[:2, -2:] = picture[-2:, :2] = picture[-2:, -2:] = 255
     squashed = train.to_input(PLAIN, replace(JET, colormap="gray"))(picture)
@@ -76,9 +78,9 @@ def test_a_pixel_in_each_corner_is_still_there_in_the_input():
     assert squashed[0, [0, 0, -1, -1], [0, -1, 0, -1]].min() > 0.5
 
 
-def test_augmentation_uncovers_and_erases_to_the_colour_of_zero_intensity():
+def test_uncovered_and_erased_pixels_have_the_colour_of_zero_intensity():
     zero = deeplcms.colours(np.zeros((1, 1), np.uint8), "jet")[0, 0]  # dark blue
-    for args in (drawn_as("article", color_jitter=0), drawn_as("physical", erase=1, warp=9)):
+    for args in (augmentation_settings("article", color_jitter=0), augmentation_settings("physical", erase=1, warp=9)):
         transform = train.training_transform(PLAIN, JET, args)
         for level, least in ((0, 1.0), (200, 1e-4)):
             for _ in range(5):
@@ -87,34 +89,34 @@ def test_augmentation_uncovers_and_erases_to_the_colour_of_zero_intensity():
                 assert (seen == zero).all(axis=2).mean() >= least
 
 
-def test_none_keeps_every_level_and_physical_moves_spots_along_time_alone():
+def test_none_changes_no_level_and_physical_moves_spots_along_time_only():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert np.array_equal(train.augment(levels, drawn_as("none")), levels)
+    assert np.array_equal(train.augment(levels, augmentation_settings("none")), levels)
     picture = np.zeros((60, 60), np.uint8)
     picture[18:21, 28:33] = picture[40:43, 28:33] = 150
     places = set()
     for _ in range(5):
-        lit = train.augment(picture, drawn_as("physical", warp=5, gain=0, erase=0)) > 75
+        lit = train.augment(picture, augmentation_settings("physical", warp=5, gain=0, erase=0)) > 75
         assert set(np.flatnonzero(lit.any(axis=1))) == {18, 19, 20, 40, 41, 42}
-        assert np.array_equal(lit[19], lit[41])  # both masses by the same time
+        assert np.array_equal(lit[19], lit[41])  # both masses are shifted equally
         places.add(int(np.flatnonzero(lit[19]).mean()))
     assert len(places) > 1
 
 
-def test_warped_is_grid_sample_on_a_grid_shifted_along_time():
+def test_warp_retention_equals_grid_sample_on_a_grid_shifted_along_time():
     x = torch.rand(1, 40, 60)
     torch.manual_seed(1)
-    drawn = train.warp_retention(x, 0.05)
+    warped = train.warp_retention(x, 0.05)
     torch.manual_seed(1)
     grid = torch.nn.functional.affine_grid(torch.eye(2, 3)[None], (1, 1, 40, 60), align_corners=False)
-    grid[..., 0] += 2 * train.draw_wave(60, 0.05)  # the axes of a grid go from -1 to 1
+    grid[..., 0] += 2 * train.draw_wave(60, 0.05)  # grid coordinates are from -1 to 1
     expected = torch.nn.functional.grid_sample(x[None], grid, padding_mode="border", align_corners=False)[0]
-    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
-    assert not torch.equal(drawn, x)
+    torch.testing.assert_close(warped, expected, rtol=0, atol=1e-5)
+    assert not torch.equal(warped, x)
 
 
-def loaders_of(data, *flags):
-    """(loaders, arguments) of a baseline; the label of each picture is its number."""
+def make_demo_loaders(data, *flags):
+    """(loaders, settings) of the pixels baseline; the label of each picture is its row number."""
     args = train.parse_arguments(["--backbone", "pixels", "--data", str(data), "--batch-size", "8", *flags])
     args = train.fill_augmentation(args)
     pictures, recipe = deeplcms.find_pictures(data, ("train", "val"))
@@ -125,13 +127,13 @@ def loaders_of(data, *flags):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_order_and_draws_of_an_epoch_do_not_depend_on_what_came_before(demo, workers):
-    """And every picture is seen once, in each epoch in another order and another draw."""
-    loaders, args = loaders_of(demo, "--views", "0", "--workers", workers)
+def test_order_and_views_of_an_epoch_do_not_depend_on_earlier_epochs(demo, workers):
+    """An epoch has one view of every picture. Order and views differ between epochs."""
+    loaders, args = make_demo_loaders(demo, "--views", "0", "--workers", workers)
     epochs = []
     for epoch in (2, 1, 2):
         batches = list(train.draw_batches(loaders["train"], epoch, args))
-        # a batch that is channels-last corrupts the heap in the backward pass of some backbones
+        # Channels-last batches corrupt the heap in the backward pass of some backbones.
         assert all(x.is_contiguous() and x.stride()[1] == 64 * 64 for x, _ in batches)
         epochs.append([torch.cat(part) for part in zip(*batches, strict=True)])
     (x, order), (other_x, other_order), (again_x, again_order) = epochs
@@ -140,19 +142,19 @@ def test_order_and_draws_of_an_epoch_do_not_depend_on_what_came_before(demo, wor
     assert not torch.isclose(x[order.argsort()], other_x[other_order.argsort()]).flatten(1).all(dim=1).any()
 
 
-def test_every_view_is_a_draw_of_its_own_and_counts_as_a_picture(demo):
-    stored, once = (loaders_of(demo, "--views", views)[0] for views in ("3", "1"))
-    features, labels = stored["train"].dataset.tensors
-    assert labels.tolist() == 3 * once["train"].dataset.tensors[1].tolist()
-    assert len(features.unique(dim=0)) == len(labels) and len(stored["val"].dataset) == len(once["val"].dataset)
+def test_all_cached_views_differ_and_each_is_a_training_item(demo):
+    cached, single = (make_demo_loaders(demo, "--views", views)[0] for views in ("3", "1"))
+    features, labels = cached["train"].dataset.tensors
+    assert labels.tolist() == 3 * single["train"].dataset.tensors[1].tolist()
+    assert len(features.unique(dim=0)) == len(labels) and len(cached["val"].dataset) == len(single["val"].dataset)
 
 
 # ---------------------------------------------------------------- model
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "swin_tiny_patch4_window7_224"])
-def test_every_kind_of_backbone_gives_a_map_with_place(backbone):
-    """Convolutions, tokens and channels-last: what is bright on the right is seen on the right of the map."""
+def test_the_maps_of_every_kind_of_backbone_keep_positions(backbone):
+    """Maps of convolutions, tokens or channels last change most where the picture was changed, on the right."""
     model = Classifier(backbone, 1, image_size=64 if backbone == "test_resnet" else None).eval()
     assert [scale for scale in model.scales if scale[0] > 1] == [(8, 7, 28), (16, 7, 14)][backbone == "test_vit" :]
     x = torch.zeros(1, 3, model.image_size, model.image_size)
@@ -165,7 +167,7 @@ def test_every_kind_of_backbone_gives_a_map_with_place(backbone):
         assert model(x).shape == (1, 1)
 
 
-def test_a_head_sees_the_maps_it_is_told_to_each_with_the_same_weight():
+def test_a_head_uses_the_chosen_maps_with_equal_weight():
     model = Classifier("test_resnet", 1, ["last:1", "1:4", "8:2"], image_size=64).eval()
     assert model.scales == [(1, 4, 4), (8, 2, 2), (32, 1, 1)] and model.sizes == [3 * 16, 48 * 4, 96]
     features = torch.randn(200, 3 * 16 + 48 * 4 + 96)
@@ -177,7 +179,7 @@ def test_a_head_sees_the_maps_it_is_told_to_each_with_the_same_weight():
         Classifier("test_resnet", 1, ["5:1"])
 
 
-def test_a_frozen_backbone_stays_as_it_is_while_the_head_learns(demo, tmp_path):
+def test_training_the_head_does_not_change_a_frozen_backbone(demo, tmp_path):
     folder = train_in(tmp_path, demo, "--finetune", "head", "--views", 0, "--epochs", 1)
     after = train.load_run(folder)[0].state_dict()
     torch.manual_seed(2643)
@@ -186,7 +188,7 @@ def test_a_frozen_backbone_stays_as_it_is_while_the_head_learns(demo, tmp_path):
     assert changed == {"standardize", "head"}
 
 
-def test_random_frozen_features_near_1e7_are_standardised():
+def test_features_near_1e7_of_a_random_frozen_backbone_are_standardised():
     model = Classifier("mobileone_s0", 1, image_size=64)
     with torch.no_grad():
         features = model.features(torch.rand(16, 3, 64, 64))
@@ -195,13 +197,13 @@ def test_random_frozen_features_near_1e7_are_standardised():
     assert standardised.abs().max() < 20 and 0.5 < standardised.std() < 1.5
 
 
-def test_pretrained_weights_come_from_the_cache_and_without_it_auto_starts_as_random(tmp_path, monkeypatch, capsys):
+def test_pretrained_weights_come_from_the_hub_cache_and_auto_is_random_without_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def build(weights):
         [args] = train.expand_trainings(train.parse_arguments(["--backbone", "test_resnet", "--weights", weights]))
-        args.finetune = None  # the demo trains all
+        args.finetune = None  # the demo trains the whole network
         return train.build_model(args, 1)
 
     (auto, origin), (random, _) = build("auto"), build("random")
@@ -222,7 +224,7 @@ def test_pretrained_weights_come_from_the_cache_and_without_it_auto_starts_as_ra
     assert all(torch.equal(t, source.state_dict()[name]) for name, t in model.backbone.state_dict().items())
 
 
-def test_weights_from_files_with_a_classifier_of_another_size(trained, tmp_path):
+def test_weight_files_are_loaded_without_their_classifier(trained, tmp_path):
     source = timm.create_model("test_resnet", num_classes=17)
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors")
@@ -236,7 +238,7 @@ def test_weights_from_files_with_a_classifier_of_another_size(trained, tmp_path)
         train.load_weights(Classifier("test_vit", 1).backbone, tmp_path / "weights.pt")
 
 
-def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
+def test_a_hostile_checkpoint_is_refused_and_its_code_is_not_run(tmp_path):
     class Hostile:
         def __reduce__(self):
             return open, (str(tmp_path / "owned"), "w")
@@ -255,10 +257,10 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
 # ---------------------------------------------------------------- runs
 
 
-def test_best_pt_is_the_epoch_that_is_kept_and_gives_its_figures_back(trained, demo):
+def test_best_pt_has_the_kept_epoch_and_reproduces_its_metrics(trained, demo):
     names = {path.name for path in trained.iterdir()}
     assert names >= {"config.json", "epochs.csv", "curves.png", "transformed_grid.png", "best.pt", "last.pt"}
-    epochs = epochs_of(trained)
+    epochs = read_epochs(trained)
     best = epochs.iloc[-1]
     model, checkpoint = train.load_run(trained)
     assert (
@@ -268,46 +270,46 @@ def test_best_pt_is_the_epoch_that_is_kept_and_gives_its_figures_back(trained, d
     typical, cohort = deeplcms.summarize_cohort(pictures[~pictures["copy"]], recipe)
     assert checkpoint["recipe"] == recipe and checkpoint["cohort"] == cohort
     assert checkpoint["chromatogram"].tolist() == typical.tolist() and len(typical) == 64
-    data = Pictures(labelled(demo, "val")[0], train.to_input(model, recipe))
+    data = Pictures(read_labelled(demo, "val")[0], train.to_input(model, recipe))
     logits, labels = train.collect(train.predict(model, torch.utils.data.DataLoader(data, 3)))
     assert train.compute_loss(logits, labels).item() == pytest.approx(best["val_loss"], abs=1e-5)
     assert deeplcms.compute_metrics(labels.numpy(), logits)["accuracy"] == pytest.approx(best["val_accuracy"])
 
 
-def test_a_run_is_evaluated_with_the_mean_and_deviation_it_was_trained_with(trained, tmp_path):
+def test_load_run_restores_the_input_mean_and_deviation_of_the_training(trained, tmp_path):
     checkpoint = torch.load(trained / "best.pt", weights_only=True)
     assert checkpoint["config"]["mean"] == list(train.load_run(trained)[0].mean)
-    checkpoint["config"] |= {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0]}  # those of another timm
+    checkpoint["config"] |= {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0]}  # as in another version of timm
     torch.save(checkpoint, tmp_path / "best.pt")
     model, _ = train.load_run(tmp_path)
     x = train.to_input(model, replace(JET, colormap="gray"))(np.zeros((64, 64), np.uint8))
     assert x[:, 0, 0].tolist() == pytest.approx([-0.1, -0.1, -0.075])
 
 
-def test_the_range_test_leaves_no_trace_and_workers_change_nothing(demo, tmp_path):
+def test_the_range_test_and_the_number_of_workers_do_not_affect_training(demo, tmp_path):
     flags = ["--scales", "last:3", "--epochs", 1]
     auto = train_in(tmp_path, demo, *flags, "--lr", "auto", out="auto")
     assert (auto / "lr_find.png").exists() and len(pd.read_csv(auto / "lr_find.csv")) > 10
-    lr = float(epochs_of(auto)["lr"][0])
+    lr = float(read_epochs(auto)["lr"][0])
     given = train_in(tmp_path, demo, *flags, "--lr", lr, "--workers", 2, out="given")
-    assert epochs_of(auto).equals(epochs_of(given))
+    assert read_epochs(auto).equals(read_epochs(given))
 
 
-def prepared(data, flags):
+def prepare_training(data, flags):
     """(loaders, model, settings, pictures, recipe) of one training with these flags."""
     [args] = train.expand_trainings(train.parse_arguments(list(map(str, flags))))
-    pictures, recipe = labelled(data, "train", "val")
+    pictures, recipe = read_labelled(data, "train", "val")
     model, settings, table = train.resolve_settings(args, pictures, recipe)
     cache = train.cache_features(model, pictures, recipe, settings) if settings.views else None
     return train.make_loaders(model, table, recipe, settings, cache), model, settings, pictures, recipe
 
 
 @pytest.mark.parametrize("finetune", ["all", "head"])
-def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, finetune):
-    """Each rate's loss is that of 24 steps from the first weights, whatever rates were tried before it."""
+def test_the_range_test_starts_each_learning_rate_from_the_initial_weights(demo, tmp_path, finetune):
+    """The loss of each rate is that of 24 steps from the initial weights."""
     arguments = ["--backbone", "test_resnet", "--data", str(demo), *map(str, TINY)]
     arguments += ["--finetune", finetune, "--optimizer", "adamax", "--views", {"all": "0", "head": "1"}[finetune]]
-    loaders, model, args, _, _ = prepared(demo, arguments)
+    loaders, model, args, _, _ = prepare_training(demo, arguments)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     lr = train.find_lr(model, loaders, args, tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -318,13 +320,13 @@ def test_the_range_test_takes_the_rate_and_not_its_own_progress(demo, tmp_path, 
     epochs = (train.draw_batches(loader, epoch, args) for epoch in itertools.count(1))  # as `fit` counts
     batches = itertools.islice(itertools.chain.from_iterable(epochs), 24)
     outputs = [train.train_step(model, optimizer, scaler, x, y, args) for x, y in batches]
-    judged = outputs[12:] if finetune == "all" else train.predict(model, loaders["val"])
-    assert train.compute_loss(*train.collect(judged)).item() == pytest.approx(curve["loss"][9], abs=1e-5)
+    evaluated = outputs[12:] if finetune == "all" else train.predict(model, loaders["val"])
+    assert train.compute_loss(*train.collect(evaluated)).item() == pytest.approx(curve["loss"][9], abs=1e-5)
     epochs = [train.compute_loss(*train.collect(outputs[i : i + len(loader)])) for i in range(0, 24, len(loader))]
     assert max(epochs).item() == pytest.approx(curve["highest"][9], abs=1e-5) and len(epochs) > 1
 
 
-def test_a_rate_that_shakes_the_network_is_never_suggested():
+def test_a_learning_rate_that_raises_the_loss_is_never_suggested():
     def curve_of(*rows):
         return pd.DataFrame(rows, columns=["lr", "loss", "highest"])
 
@@ -337,29 +339,29 @@ def test_a_rate_that_shakes_the_network_is_never_suggested():
     assert train.suggest_lr(diverges, frozen=False) == (1e-2, "highest rate without harm")
 
 
-def test_the_head_of_a_frozen_backbone_is_solved(demo, tmp_path, monkeypatch):
-    """At the optimum the gradient of loss and penalty is zero, of training and validation pictures together."""
+def test_the_head_of_a_frozen_backbone_is_at_the_optimum_of_logistic_regression(demo, tmp_path, monkeypatch):
+    """The gradient of loss and L2 is zero for training and validation pictures together."""
     monkeypatch.setattr(train, "choose_shrinkage", lambda *_: 1.0)
     folder = train_in(tmp_path, demo, "--finetune", "head", "--scales", "last:2", "--optimizer", "auto")
     model, _ = train.load_run(folder)
-    pictures, recipe = labelled(demo, "train", "val")  # --augmentation none: the draws are all alike
+    pictures, recipe = read_labelled(demo, "train", "val")  # with --augmentation none all views are equal
     features = train.extract_features(model, [Pictures(pictures, train.to_input(model, recipe))], HERE)
     loss = train.compute_loss(model(features), torch.tensor(list(pictures["label"])))
     gradient = torch.autograd.grad(loss, [model.head.weight, model.head.bias])
     assert (gradient[0] + train.L2 * model.head.weight).abs().max() < 1e-4 > gradient[1].abs().max()
-    assert len(epochs_of(folder)) == 1 and not (folder / "last.pt").exists()
+    assert len(read_epochs(folder)) == 1 and not (folder / "last.pt").exists()
 
 
-def test_validation_figures_of_a_solved_head_are_out_of_fold(demo, tmp_path):
-    """Labels that were dealt out anew are learned by heart, and yet called right no more often than by chance."""
+def test_the_validation_metrics_of_logistic_regression_are_out_of_fold(demo, tmp_path):
+    """Shuffled labels of training pictures are memorised, but held-out pictures are predicted at chance level."""
     folder = train_in(tmp_path, demo, "--shuffle-labels", "--optimizer", "auto", backbone="pixels")
-    row = epochs_of(folder).iloc[0]
+    row = read_epochs(folder).iloc[0]
     assert row["train_accuracy"] == 1 and row["val_accuracy"] < 0.75 and row["val_loss"] > 0.6
     assert "val: the run was fitted to" in run("evaluate.py", folder, "--split", "val", cwd=tmp_path)[1]
 
 
 @pytest.mark.parametrize("n_features", [10, 100])
-def test_coordinates_keep_inner_products_and_give_the_weights_back(n_features):
+def test_the_kernel_basis_preserves_inner_products_and_maps_weights_back(n_features):
     torch.manual_seed(0)
     x = torch.randn(30, n_features)
     z, to_weights = train.compute_kernel_basis(x)
@@ -369,7 +371,7 @@ def test_coordinates_keep_inner_products_and_give_the_weights_back(n_features):
     torch.testing.assert_close(x @ to_weights(weight).T.float(), (z @ weight.T).float(), rtol=1e-2, atol=1e-2)
 
 
-def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(demo, tmp_path):
+def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(demo, tmp_path):
     flags = ["--scales", "last:3", "--epochs", 8, "--lr", "auto", "--augmentation", "physical"]
     flags += ["--workers", train.make_parser().get_default("workers")]
     arguments = tiny(demo, *flags, "--out", "killed")
@@ -377,13 +379,13 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
     command = [sys.executable, ROOT / "train.py", *arguments]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL)
     killed = tmp_path / "killed/demo/test_resnet/seed2643"
-    while not ((killed / "epochs.csv").exists() and len(epochs_of(killed)) >= 2) and process.poll() is None:
+    while not ((killed / "epochs.csv").exists() and len(read_epochs(killed)) >= 2) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(epochs_of(killed)) < 8 and not (killed / "best.pt").exists()
+    assert len(read_epochs(killed)) < 8 and not (killed / "best.pt").exists()
     assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
-    assert epochs_of(killed).equals(epochs_of(whole))
+    assert read_epochs(killed).equals(read_epochs(whole))
     for name in ("best.pt", "last.pt"):
         one, other = (torch.load(folder / name, weights_only=True)["model"] for folder in (whole, killed))
         assert all(torch.equal(other[key], value) for key, value in one.items())
@@ -397,24 +399,24 @@ def test_killed_and_resumed_equals_uninterrupted_and_other_settings_are_refused(
     assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
 
 
-def whole_network(data, *flags):
-    """(what trains it, model, pictures, recipe, loaders) of a small network with batch norms, all of it trained."""
+def prepare_whole_network(data, *flags):
+    """(train function, model, pictures, recipe, loaders) of a small network with batch norms, trained whole."""
     flags = tiny(data, "--scales", "last:3", "--finetune", "all", "--workers", 0, *flags)
-    loaders, model, settings, pictures, recipe = prepared(data, flags)
+    loaders, model, settings, pictures, recipe = prepare_training(data, flags)
     return functools.partial(train.fit, model, loaders, settings), model, pictures, recipe, loaders
 
 
-def loss_on_validation(model, pictures, recipe):
-    """The loss as evaluate.py would find it: validation pictures in batches of another size."""
+def compute_validation_loss(model, pictures, recipe):
+    """Loss of the validation pictures in batches of another size, as in evaluate.py."""
     table = pictures[(pictures["split"] == "val") & ~pictures["copy"]]
     loader = torch.utils.data.DataLoader(Pictures(table, train.to_input(model, recipe)), 3)
     return train.compute_loss(*train.collect(train.predict(model, loader))).item()
 
 
 @pytest.mark.parametrize("patience", ["auto", 2])
-def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, capsys, patience):
-    """Here of three, up to the last epoch of the schedule, or with --patience up to that of lowest validation loss."""
-    learn, model, pictures, recipe, _ = whole_network(demo, "--epochs", 3, "--patience", patience)
+def test_the_kept_weights_are_the_mean_over_recent_epochs(demo, capsys, patience):
+    """The mean ends at the last epoch, or with --patience at the epoch with the lowest validation loss."""
+    learn, model, pictures, recipe, _ = prepare_whole_network(demo, "--epochs", 3, "--patience", patience)
     epochs = []
     history, kept = learn(on_epoch=lambda row: epochs.append(train.copy_weights(model)))
     n = train.find_kept_epoch(history)["epoch"]
@@ -427,48 +429,48 @@ def test_what_is_kept_is_the_mean_of_the_weights_of_recent_epochs(demo, capsys, 
         torch.testing.assert_close(kept[name], torch.stack([weights[name] for weights in epochs[:n]]).mean(0))
     assert not torch.equal(kept["head.weight"], epochs[n - 1]["head.weight"])
     model.load_state_dict(kept)
-    assert loss_on_validation(model, pictures, recipe) == pytest.approx(history[n - 1]["val_loss"])
+    assert compute_validation_loss(model, pictures, recipe) == pytest.approx(history[n - 1]["val_loss"])
     assert capsys.readouterr().out.count("all 3 epochs are trained and the last is kept") == (patience == "auto")
 
 
 @pytest.mark.parametrize("seed", [2643, 3])
-def test_the_weights_that_are_kept_are_as_good_as_those_they_average_at_each_epoch(demo, seed):
-    """From random weights and few steps an epoch: there the mean of batch norms' statistics would not do."""
-    learn, model, pictures, recipe, loaders = whole_network(demo, "--epochs", 20, "--lr", 0.003, "--seed", seed)
-    raw_losses = []
+def test_the_loss_of_averaged_weights_is_at_most_10_percent_above_that_of_plain_weights(demo, seed):
+    """Random weights and few steps per epoch: averaged batch norm statistics would fail here."""
+    learn, model, pictures, recipe, loaders = prepare_whole_network(demo, "--epochs", 20, "--lr", 0.003, "--seed", seed)
+    plain_losses = []
 
     def report(row):
         raw = copy.deepcopy(model)
         train.update_bn(loaders["statistics"], raw)
-        raw_losses.append(loss_on_validation(raw, pictures, recipe))
+        plain_losses.append(compute_validation_loss(raw, pictures, recipe))
 
     history, _ = learn(on_epoch=report)
     assert len(history) == 20
-    assert all(row["val_loss"] <= 1.1 * raw for row, raw in zip(history, raw_losses, strict=True))
+    assert all(row["val_loss"] <= 1.1 * raw for row, raw in zip(history, plain_losses, strict=True))
 
 
 @pytest.mark.parametrize(
     ("curve", "patience", "n_epochs", "kept"),
     [
-        ([0.6] + [0.7] * 18 + [0.65], "auto", 20, 20),  # the schedule is a cosine: it has no early stop
-        ([0.6] + [0.7] * 18 + [0.2], 10, 20, 20),  # worst in the middle
-        ([0.6, 0.5] + [0.7] * 38, 10, 30, 2),  # rises for good: ten epochs without a better one, from the middle on
+        ([0.6] + [0.7] * 18 + [0.65], "auto", 20, 20),  # the cosine schedule does not stop early
+        ([0.6] + [0.7] * 18 + [0.2], 10, 20, 20),  # the loss is highest in the middle
+        ([0.6, 0.5] + [0.7] * 38, 10, 30, 2),  # ten epochs after the middle have no better loss
     ],
 )
-def test_patience_counts_from_the_middle_of_the_schedule_on(demo, monkeypatch, curve, patience, n_epochs, kept):
+def test_patience_counts_from_the_middle_of_the_schedule(demo, monkeypatch, curve, patience, n_epochs, kept):
     split_metrics, losses = train.split_metrics, iter(curve)
 
-    def on_the_curve(split, logits, labels):
+    def metrics_on_the_curve(split, logits, labels):
         return split_metrics(split, logits, labels) | ({"val_loss": next(losses)} if split == "val" else {})
 
-    monkeypatch.setattr(train, "split_metrics", on_the_curve)
-    learn, *_ = whole_network(demo, "--epochs", len(curve), "--image-size", 32, "--patience", patience)
+    monkeypatch.setattr(train, "split_metrics", metrics_on_the_curve)
+    learn, *_ = prepare_whole_network(demo, "--epochs", len(curve), "--image-size", 32, "--patience", patience)
     history, _ = learn()
     assert (len(history), train.find_kept_epoch(history)["epoch"]) == (n_epochs, kept)
 
 
-def test_mixed_precision_is_for_the_forward_pass_and_weights_and_gradients_are_float32(demo):
-    learn, model, *_, args = whole_network(demo, "--epochs", 1, "--amp", "--augmentation", "physical")
+def test_with_amp_the_forward_pass_has_half_precision_and_weights_are_float32(demo):
+    learn, model, *_, args = prepare_whole_network(demo, "--epochs", 1, "--amp", "--augmentation", "physical")
     seen = set()
     model.backbone.conv1[0].register_forward_hook(lambda layer, x, y: seen.add((layer.training, y.dtype)))
     _, kept = learn()
@@ -478,28 +480,28 @@ def test_mixed_precision_is_for_the_forward_pass_and_weights_and_gradients_are_f
     assert train.make_parser().get_default("amp") == (train.CUDA or train.FAST_BFLOAT16)
 
 
-def test_stored_features_equal_fresh_pictures_epoch_by_epoch(demo, tmp_path):
+def test_cached_features_and_fresh_pictures_give_the_same_losses_in_each_epoch(demo, tmp_path):
     flags = ["--finetune", "head", "--epochs", 3, "--scales", "last:2", "--optimizer", "adamax"]
     fresh = train_in(tmp_path, demo, *flags, "--views", 0, out="fresh")
-    stored = train_in(tmp_path, demo, *flags, "--views", 1, out="stored")
-    losses = [epochs_of(folder)[["train_loss", "val_loss"]] for folder in (stored, fresh)]
+    cached = train_in(tmp_path, demo, *flags, "--views", 1, out="stored")
+    losses = [read_epochs(folder)[["train_loss", "val_loss"]] for folder in (cached, fresh)]
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9", "lambda_resnet26t"])
-def test_branches_are_fused_for_extraction_alone_and_give_the_same_features(demo, name):
-    pictures, recipe = labelled(demo, "val")
+def test_extraction_with_fused_branches_gives_the_same_features(demo, name):
+    pictures, recipe = read_labelled(demo, "val")
     model = Classifier(name, 1, image_size=64).eval()
     transform = train.to_input(model, recipe)
     parts = len(list(model.modules()))
-    stored = train.extract_features(model, [Pictures(pictures[:3], transform)], HERE)
+    cached = train.extract_features(model, [Pictures(pictures[:3], transform)], HERE)
     with torch.inference_mode():
         expected = model.features(torch.stack([x for x, _ in Pictures(pictures[:3], transform)]))
-    torch.testing.assert_close(stored, expected, rtol=0, atol=1e-4 * expected.std().item())
+    torch.testing.assert_close(cached, expected, rtol=0, atol=1e-4 * expected.std().item())
     assert len(list(model.modules())) == parts
 
 
-def test_folds_and_seeds_and_trials_share_one_extraction(demo, trained, tmp_path, capsys):
+def test_folds_seeds_and_trials_share_one_extraction_of_features(demo, trained, tmp_path, capsys):
     arguments = tiny(demo, "--finetune", "head", "--epochs", 1, "--weights", trained / "best.pt")
     for name, flags in {"f": ["--folds", 3, "--repeats", 2], "r": ["--repeats", 2], "t": ["--tune", 2]}.items():
         train.CACHE.clear()
@@ -508,10 +510,10 @@ def test_folds_and_seeds_and_trials_share_one_extraction(demo, trained, tmp_path
     assert len(list(tmp_path.glob("runs/f/*/seed264[34]-fold[012]/best.pt"))) == 6
 
 
-def test_every_picture_is_held_out_once_from_weights_and_epoch_and_judged_by_that_fold(demo, tmp_path):
+def test_every_picture_is_held_out_once_and_predicted_by_that_fold(demo, tmp_path):
     arguments = ["--backbone", "pixels", "--scales", "1:8", "--data", demo, "--folds", 4]
     assert run("train.py", *arguments, cwd=tmp_path) == (0, "")
-    pictures, recipe = labelled(demo, "train", "val")
+    pictures, recipe = read_labelled(demo, "train", "val")
     names = []
     for fold, training in enumerate(train.expand_trainings(train.parse_arguments(list(map(str, arguments))))):
         folder = tmp_path / f"runs/demo/pixels/seed2643-fold{fold}"
@@ -529,10 +531,10 @@ def test_every_picture_is_held_out_once_from_weights_and_epoch_and_judged_by_tha
     assert sorted(names) == sorted(pictures["sample_name"])
 
 
-def test_a_head_that_is_too_sure_shrinks_to_the_class_shares_and_one_that_is_right_does_not():
+def test_logits_without_information_shrink_to_the_class_shares_and_correct_ones_do_not():
     rng = np.random.default_rng(0)
     labels = torch.tensor(rng.random(300) < 0.27).long()
-    sure = torch.tensor(rng.normal(0, 20, (300, 1)))  # logits of no meaning
+    sure = torch.tensor(rng.normal(0, 20, (300, 1)))  # random logits
     _, baseline = train.fit_logistic(torch.empty(300, 0, dtype=torch.double), labels, 1)
     share = labels.double().mean()
     assert baseline.item() == pytest.approx(torch.log(share / (1 - share)).item(), abs=1e-4)
@@ -542,14 +544,14 @@ def test_a_head_that_is_too_sure_shrinks_to_the_class_shares_and_one_that_is_rig
     assert train.choose_shrinkage(9 * (2 * labels[:, None].double() - 1), baseline, labels) == 1
 
 
-def test_chance_is_a_test_of_the_auc_that_holds_for_one_of_twenty_shuffled_cohorts():
+def test_the_baseline_auc_is_exceeded_by_one_of_twenty_shuffled_cohorts():
     rng = np.random.default_rng(0)
     labels, score = np.arange(96) < 30, rng.normal(size=96)
     aucs = [deeplcms.roc_auc(rng.permutation(labels), score) for _ in range(2000)]
     assert np.mean(np.array(aucs) > train.compute_baseline_auc(labels)) == pytest.approx(0.05, abs=0.015)
 
 
-def test_a_model_that_is_no_better_than_chance_is_called_so(demo, tmp_path, capsys):
+def test_a_model_no_better_than_chance_gives_a_warning(demo, tmp_path, capsys):
     entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
     assert train.compute_baseline_loss(np.array([0, 0, 0, 1]), 1) == pytest.approx(entropy)
     train_in(tmp_path, demo, "--shuffle-labels", "--optimizer", "auto", backbone="pixels")
@@ -558,35 +560,35 @@ def test_a_model_that_is_no_better_than_chance_is_called_so(demo, tmp_path, caps
     assert "on validation pictures no better than chance" in capsys.readouterr().out
 
 
-def torchrun(tmp_path, data, *flags):
-    """Start a training in two processes."""
+def start_two_processes(tmp_path, data, *flags):
+    """Start a training in two processes of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
     command += [str(ROOT / "train.py"), *map(str, tiny(data, *flags))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
-def two_processes(tmp_path, data, *flags):
-    process = torchrun(tmp_path, data, *flags)
+def train_in_two_processes(tmp_path, data, *flags):
+    process = start_two_processes(tmp_path, data, *flags)
     _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
 
 
-def test_two_processes_end_within_seconds_when_one_of_them_fails_in_a_sweep(demo, tmp_path):
-    """One picture cannot be read, and only one process has it: caught there, the other would wait for ever."""
+def test_two_processes_end_within_seconds_if_one_fails_in_a_sweep(demo, tmp_path):
+    """Only one process has the unreadable picture. If it caught the error, the other would wait for ever."""
     data = tmp_path / "cut"
     shutil.copytree(demo, data, ignore=shutil.ignore_patterns("raw"))
     cut = sorted(data.glob("train/exposed/*.png"))[0]
     cut.write_bytes(cut.read_bytes()[:-200])
     flags = ["--backbone", "test_resnet", "pixels", "--finetune", "all", "--epochs", 1, "--image-size", 32]
-    process = torchrun(tmp_path, data, *flags)
+    process = start_two_processes(tmp_path, data, *flags)
     _, error = process.communicate(timeout=100)
     assert process.returncode == 1 and not list(tmp_path.glob("runs/cut/*/seed*/best.pt"))
     assert error.count(f"train.py: {cut}: not a") == 1
 
 
-def test_two_processes_end_when_one_of_them_is_killed(demo, tmp_path):
-    process = torchrun(tmp_path, demo, "--finetune", "all", "--epochs", 1000)
+def test_two_processes_end_if_one_is_killed(demo, tmp_path):
+    process = start_two_processes(tmp_path, demo, "--finetune", "all", "--epochs", 1000)
     while not list(tmp_path.glob("runs/demo/test_resnet/seed*/epochs.csv")) and process.poll() is None:
         time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -595,9 +597,9 @@ def test_two_processes_end_when_one_of_them_is_killed(demo, tmp_path):
     assert process.returncode == 1
 
 
-def test_two_processes_share_the_extraction_and_fit_the_head_of_one(demo, tmp_path):
+def test_two_processes_share_the_extraction_and_fit_the_same_head_as_one(demo, tmp_path):
     flags = ["--finetune", "head", "--optimizer", "auto", "--augmentation", "physical", "--scales", "last:2"]
-    two_processes(tmp_path, demo, *flags, "--out", "two")
+    train_in_two_processes(tmp_path, demo, *flags, "--out", "two")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one = train_in(tmp_path, demo, *flags, "--workers", 0, out="one")
@@ -607,30 +609,30 @@ def test_two_processes_share_the_extraction_and_fit_the_head_of_one(demo, tmp_pa
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(demo, tmp_path):
-    """A frozen backbone has no batch statistics that move: the figures agree within float tolerance."""
+def test_two_processes_train_like_one_with_twice_the_batch_size(demo, tmp_path):
+    """The batch statistics of a frozen backbone are constant, so losses agree within float tolerance."""
     pictures, _ = deeplcms.find_pictures(demo, ("train",))
-    assert len(pictures) % 9 == 0  # as many for each process, without repeating any
+    assert len(pictures) % 9 == 0  # both processes have the same number of pictures, none twice
     flags = ["--finetune", "head", "--views", 0, "--epochs", 2, "--workers", 0, "--lr", 0.05, "--seed", 7]
-    two_processes(tmp_path, demo, *flags, "--batch-size", 7, "--out", "two")
-    two = epochs_of(tmp_path / "two/demo/test_resnet/seed7")
-    one = epochs_of(train_in(tmp_path, demo, *flags, "--batch-size", 14, out="one"))
+    train_in_two_processes(tmp_path, demo, *flags, "--batch-size", 7, "--out", "two")
+    two = read_epochs(tmp_path / "two/demo/test_resnet/seed7")
+    one = read_epochs(train_in(tmp_path, demo, *flags, "--batch-size", 14, out="one"))
     assert two["val_loss"].to_numpy() == pytest.approx(one["val_loss"].to_numpy(), abs=5e-3)
     assert (tmp_path / "two/demo/test_resnet/seed7/best.pt").exists()
 
 
-def test_two_processes_keep_the_network_that_they_have_judged(demo, tmp_path):
-    """Each has batch norms' statistics of its own pictures; those of the first are for all."""
-    two_processes(tmp_path, demo, "--epochs", 2, "--batch-size", 4)
+def test_two_processes_save_the_validated_network(demo, tmp_path):
+    """Batch norm statistics differ between the processes; both use those of the first."""
+    train_in_two_processes(tmp_path, demo, "--epochs", 2, "--batch-size", 4)
     folder = tmp_path / "runs/demo/test_resnet/seed2643"
     model, checkpoint = train.load_run(folder)
-    pictures, recipe = labelled(demo, "val")
-    assert loss_on_validation(model, pictures, recipe) == pytest.approx(checkpoint["val_loss"], abs=1e-5)
-    assert checkpoint["val_loss"] == pytest.approx(epochs_of(folder)["val_loss"].iloc[-1])
+    pictures, recipe = read_labelled(demo, "val")
+    assert compute_validation_loss(model, pictures, recipe) == pytest.approx(checkpoint["val_loss"], abs=1e-5)
+    assert checkpoint["val_loss"] == pytest.approx(read_epochs(folder)["val_loss"].iloc[-1])
 
 
-def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(demo, tmp_path):
-    backbones = ["inception_v3", "test_resnet", "pixels"]  # the first cannot do with pictures of 64 pixels
+def test_a_repeated_sweep_skips_finished_runs_and_continues_after_a_failure(demo, tmp_path):
+    backbones = ["inception_v3", "test_resnet", "pixels"]  # inception_v3 does not accept 64 pixels
     arguments = ["--backbone", *backbones, *tiny(demo, "--scales", "last:3", "--epochs", 1)[2:]]
     first = call("train.py", *arguments, cwd=tmp_path)
     assert first.returncode == 1 and "Traceback" not in first.stderr
@@ -640,25 +642,25 @@ def test_a_sweep_started_again_skips_what_is_done_and_goes_on_after_a_failure(de
     assert len(list(tmp_path.glob("runs/demo/*/seed*/best.pt"))) == 2
 
 
-def test_without_data_the_demo_trains_at_its_own_settings_and_stops_early(demo):
+def test_without_data_train_uses_the_settings_of_the_demo_and_stops_early(demo):
     arguments = ["--backbone", "test_resnet", "--weights", "random", "--image-size", 64, "--shuffle-labels", "--no-amp"]
     assert run("train.py", *arguments, "--epochs", 30, "--patience", 1, cwd=demo.parent) == (0, "")
     folder = demo.parent / "runs/demo/test_resnet/seed2643-shuffled"
     settings = json.loads((folder / "config.json").read_text())["settings"]
     assert settings["shuffle_labels"] and settings.items() >= (train.DEMO | {"image_size": 64, "epochs": 30}).items()
     assert settings.items() >= train.AUGMENTATION["physical"].items()
-    epochs = epochs_of(folder)
-    assert len(epochs) == max(epochs["val_loss"].idxmin() + 1, 15) + 1 < 30  # one epoch without a better loss
+    epochs = read_epochs(folder)
+    assert len(epochs) == max(epochs["val_loss"].idxmin() + 1, 15) + 1 < 30  # patience is one epoch
 
 
-def test_without_data_the_demo_cohort_is_made_where_there_is_none(tmp_path, monkeypatch):
+def test_without_data_train_makes_a_missing_demo_cohort(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(train.subprocess, "run", lambda command, **_: made.append(command[1:]))
     status, line = run("train.py", "--backbone", "pixels", cwd=tmp_path)
     assert status == 1 and "demo: no such data set" in line and made == [[ROOT / "tests/demo.py", "demo"]]
 
 
-def test_pixels_keep_a_grid_of_their_own_beside_networks_and_in_the_demo():
+def test_pixels_use_their_default_grid_alongside_networks_and_in_the_demo():
     scales = []
     for flags in ("pixels", "pixels test_vit --scales last:7", "pixels --data x", "pixels --scales 1:7 --data x"):
         training, *_ = train.expand_trainings(train.parse_arguments(["--backbone", *flags.split()]))
@@ -666,7 +668,7 @@ def test_pixels_keep_a_grid_of_their_own_beside_networks_and_in_the_demo():
     assert scales == [None, None, None, ["1:7"]]
 
 
-def test_patterns_keep_the_backbones_of_a_size():
+def test_params_limits_the_backbones_of_a_pattern_to_a_size():
     assert train.expand_backbones(["regnetx_0*"], (6, 8)) == ["regnetx_006", "regnetx_008"]
     assert len(train.expand_backbones(["article", "regnetx_002"], None)) == 31
     tags = train.expand_backbones(["mobileone_s*apple_in1k"], None)
@@ -676,15 +678,15 @@ def test_patterns_keep_the_backbones_of_a_size():
 # ---------------------------------------------------------------- experiments
 
 
-def pictures_of(n, n_groups):
+def make_pictures_table(n, n_groups):
     table = pd.DataFrame({"sample_name": [f"s{i}" for i in range(n)] * 2, "copy": [False] * n + [True] * n})
     table["phenotype"] = ["A" if i % n < n // 2 else "B" for i in range(2 * n)]
     return table.assign(group=[f"g{i % n * n_groups // n}" for i in range(2 * n)], label=table["phenotype"] == "B")
 
 
-def test_folds_are_stratified_and_keep_groups_and_copies_together():
+def test_folds_are_stratified_and_do_not_divide_groups_or_shifted_copies():
     for n_groups in (30, 10):
-        table = pictures_of(30, n_groups)
+        table = make_pictures_table(30, n_groups)
         table["fold"] = train.assign_folds(table, 5, seed=1)
         assert (table.groupby("group")["fold"].nunique() == 1).all()
         assert (table.groupby("sample_name")["fold"].nunique() == 1).all()
@@ -692,15 +694,15 @@ def test_folds_are_stratified_and_keep_groups_and_copies_together():
         assert (counts == 3).all() and len(counts) == 10
 
 
-def test_shuffled_labels_keep_counts_and_what_belongs_together():
+def test_shuffled_labels_keep_their_counts_and_are_equal_within_a_group():
     for n_groups in (30, 10):
-        table = pictures_of(30, n_groups)
+        table = make_pictures_table(30, n_groups)
         after = table.assign(label=train.shuffle_labels(table, 1))
         assert after["label"].sum() == 30 and not after["label"].equals(table["label"])
         assert (after.groupby("group")["label"].nunique() == 1).all()
 
 
-def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, tmp_path):
+def test_two_processes_share_one_study_that_tries_all_combinations(demo, tmp_path):
     arguments = tiny(demo, "--epochs", 2, "--tune", 8, "--storage", "sqlite:///shared.db", backbone="pixels")
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
     options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -714,13 +716,13 @@ def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, 
     assert len({tuple(trial.params.values()) for trial in finished}) == 8
     trials = pd.read_csv(tmp_path / "runs/demo/pixels/tune/trials.csv")
     assert len(trials) >= 8
-    # Asked for one more, it goes on with the same study.
+    # One more trial continues the same study.
     assert run("train.py", *arguments, "--tune", len(finished) + 1, cwd=tmp_path) == (0, "")
     assert len(pd.read_csv(tmp_path / "runs/demo/pixels/tune/trials.csv")) == len(finished) + 1
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         ("--backbone mobilone_s3 --data demo", "mobileone_s3"),
         ("--backbone test_resnet --data nowhere", "nowhere: no such data set"),
@@ -733,58 +735,61 @@ def test_tuning_covers_all_combinations_and_two_processes_share_one_study(demo, 
         ("--backbone pixels --data demo --tune 1 --storage nonsense", "--storage nonsense: "),
     ],
 )
-def test_bad_input_ends_in_one_clear_line(demo, tmp_path, flags, words):
+def test_bad_input_gives_an_error_of_one_line(demo, tmp_path, flags, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "demo").symlink_to(demo)
     status, line = run("train.py", *flags.split(), cwd=tmp_path)
-    assert status == 1 and words in line and line.startswith("train.py: ") and "\n" not in line
+    assert status == 1 and message in line and line.startswith("train.py: ") and "\n" not in line
     assert not list(tmp_path.glob("runs/demo/*/seed*/best.pt"))
 
 
 @pytest.mark.parametrize(
     "flags", ["--folds 2", "--weights gone.pt", "--lr -1", "--lr much", "--epochs 0", "--backbone"]
 )
-def test_wrong_usage_is_status_2_and_names_the_flag(flags, capsys):
+def test_a_wrong_flag_gives_exit_status_2_and_an_error_with_its_name(flags, capsys):
     with pytest.raises(SystemExit) as end:
         train.parse_arguments(["--backbone", "x", *flags.split()])
     assert end.value.code == 2 and flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def transferred(tmp_path_factory):
-    """ROC AUC on 72 test runs of a network trained on 48, by its flags; with ImageNet's weights, or without."""
+def compute_transfer_auc(tmp_path_factory):
+    """Function of flags: trains a network on 48 files and returns its ROC AUC on 72 test files."""
     weights = os.environ.get("DEEPLCMS_WEIGHTS")
     if not weights:
-        pytest.skip("DEEPLCMS_WEIGHTS does not name a file of ImageNet weights of tf_efficientnet_lite0")
+        pytest.skip("DEEPLCMS_WEIGHTS is not set to a file with ImageNet weights of tf_efficientnet_lite0")
     folder = tmp_path_factory.mktemp("transfer")
     assert run("demo.py", "cohort", "--runs", 120, "--bins", 128, "--test", 0.6, cwd=folder) == (0, "")
 
-    def auc_of(name, *flags):
+    def train_and_compute_auc(name, *flags):
         flags = [weights if flag == "FILE" else flag for flag in flags]
         arguments = ["--backbone", "tf_efficientnet_lite0", "--data", "cohort", "--name", name, "--weights", *flags]
         assert run("train.py", *arguments, cwd=folder) == (0, "")
         assert run("evaluate.py", f"runs/{name}/tf_efficientnet_lite0/seed2643", "--out", name, cwd=folder) == (0, "")
         return json.loads((folder / name / "metrics.json").read_text())["metrics"]["roc_auc"]["value"]
 
-    return auc_of
+    return train_and_compute_auc
 
 
-def test_early_maps_on_a_fine_grid_tell_more_than_the_last_map(transferred):
-    scales = transferred("scales", "FILE", "--image-size", 128)
-    last = transferred("last", "FILE", "--image-size", 128, "--scales", "last:1")
+def test_early_maps_on_a_fine_grid_give_a_higher_auc_than_the_last_map(compute_transfer_auc):
+    scales = compute_transfer_auc("scales", "FILE", "--image-size", 128)
+    last = compute_transfer_auc("last", "FILE", "--image-size", 128, "--scales", "last:1")
     assert scales > 0.9 and scales > last + 0.05
 
 
-def test_a_network_trained_whole_starts_better_from_imagenet_than_from_random_weights(transferred):
+def test_a_whole_network_trains_better_from_imagenet_than_from_random_weights(compute_transfer_auc):
     flags = ["--finetune", "all", "--image-size", 64, "--lr", 0.01, "--epochs", 12]
-    imagenet, random = transferred("imagenet", "FILE", *flags), transferred("random", "random", *flags)
+    imagenet, random = (
+        compute_transfer_auc("imagenet", "FILE", *flags),
+        compute_transfer_auc("random", "random", *flags),
+    )
     assert imagenet > random + 0.05
 
 
-@pytest.mark.skipif("DEEPLCMS_SLOW" not in os.environ, reason="takes minutes; set DEEPLCMS_SLOW=1 to run it")
+@pytest.mark.skipif("DEEPLCMS_SLOW" not in os.environ, reason="needs minutes; set DEEPLCMS_SLOW=1 to run it")
 @pytest.mark.parametrize("name", train.ARTICLE)
-def test_every_architecture_of_the_articles_table_1_trains(name):
-    """Built from its name, one step forward and one backward on two pictures, at a finite loss."""
+def test_every_architecture_in_table_1_of_the_article_can_be_trained(name):
+    """One forward and one backward pass of two pictures give a finite loss and gradients."""
     model = Classifier(name, 1, finetune="all").train()
     x = torch.rand(2, 3, model.image_size, model.image_size)
     loss = train.compute_loss(model(x), torch.tensor([0, 1]))
@@ -792,10 +797,10 @@ def test_every_architecture_of_the_articles_table_1_trains(name):
     assert torch.isfinite(loss) and model.head.weight.grad.abs().sum() > 0
 
 
-# ---------------------------------------------------------------- what is the same training
+# ---------------------------------------------------------------- identity of a training, and special cases
 
 
-def test_paths_are_no_settings_and_content_is(demo, tmp_path):
+def test_a_training_is_identified_by_its_pictures_and_not_by_their_path(demo, tmp_path):
     flags = ["--backbone", "pixels", "--scales", "1:8", "--name", "one"]
     assert run("train.py", *flags, "--data", demo, cwd=tmp_path) == (0, "")
     before = (tmp_path / "runs/one/pixels/seed2643/best.pt").stat().st_mtime_ns
@@ -811,7 +816,7 @@ def test_paths_are_no_settings_and_content_is(demo, tmp_path):
     assert status == 1 and "is a training with pictures" in line
 
 
-def test_config_holds_the_settings_that_ran(demo, tmp_path):
+def test_config_json_has_the_resolved_settings(demo, tmp_path):
     folder = train_in(tmp_path, demo, "--optimizer", "auto", backbone="pixels")
     settings = json.loads((folder / "config.json").read_text())["settings"]
     assert "auto" not in [value for name, value in settings.items() if name != "lr"]
@@ -819,15 +824,15 @@ def test_config_holds_the_settings_that_ran(demo, tmp_path):
     assert settings["gain"] == 0 and "data" not in settings and "name" not in settings
 
 
-def test_runs_behind_a_link_are_found(demo, tmp_path):
+def test_runs_in_a_linked_folder_are_found(demo, tmp_path):
     (tmp_path / "disk").mkdir()
     train_in(tmp_path / "disk", demo, "--optimizer", "auto", backbone="pixels")
     (tmp_path / "runs").symlink_to(tmp_path / "disk/runs")
     assert len(train.find_runs(tmp_path / "runs")) == 1
 
 
-def test_a_trial_takes_the_combination_that_no_finished_trial_has(demo, tmp_path, monkeypatch):
-    """Also after a command that was killed inside a trial, which stays unfinished for ever."""
+def test_a_trial_tries_a_combination_that_no_trial_has_finished(demo, tmp_path, monkeypatch):
+    """A killed command leaves a trial that is never finished."""
     monkeypatch.setattr(train, "SEARCH", {"warp": [0.0, 1.0, 2.0]})
     flags = ["--backbone", "pixels", "--scales", "1:8", "--data", demo]
     assert run("train.py", *flags, "--tune", 1, cwd=tmp_path) == (0, "")
@@ -837,27 +842,27 @@ def test_a_trial_takes_the_combination_that_no_finished_trial_has(demo, tmp_path
     [name] = optuna.get_all_study_names(storage)
     study = optuna.load_study(study_name=name, storage=storage)
     study.enqueue_trial({"warp": 1.0})
-    study.ask().suggest_categorical("warp", [0.0, 1.0, 2.0])  # it is never told
+    study.ask().suggest_categorical("warp", [0.0, 1.0, 2.0])  # this trial is never finished
     assert run("train.py", *flags, "--tune", 3, cwd=tmp_path) == (0, "")
     trials = pd.read_csv(tmp_path / "runs/demo/pixels/tune/trials.csv")
     assert sorted(trials["params_warp"][trials["state"] == "COMPLETE"]) == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("flags", ["--lr nan", "--seed -1", "--batch-size 1", "--tune 2 --folds 3", "--warp -1"])
-def test_numbers_that_a_flag_cannot_mean_are_refused(flags, capsys):
+def test_impossible_numbers_are_refused_with_the_name_of_the_flag(flags, capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--backbone", "pixels", "--data", "x", *flags.split()])
     assert flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_backbone_of_patch_14_has_the_nearest_strides_and_a_size_it_refuses_one_line():
+def test_patch_14_uses_the_nearest_strides_and_an_unsupported_size_gives_an_error():
     assert train.parse_scales(None, train.SCALES["head"], [1, 14, 14], "vit") == [(1, 28, 224), (14, 7, 14)]
     assert train.parse_scales(None, train.SCALES["all"], [1, 32], "vit") == [(1, 56, 56), (32, 14, 14)]
     with pytest.raises(InputError, match="test_vit cannot take pictures of 100 pixels; its own is 160"):
         Classifier("test_vit", 1, image_size=100)
 
 
-def test_weights_of_another_size_say_so_and_a_prefix_is_none_of_their_names(tmp_path):
+def test_weights_with_a_name_prefix_are_loaded_and_of_another_size_are_refused(tmp_path):
     small, large = (timm.create_model("test_vit", num_classes=0, img_size=size) for size in (64, 128))
     torch.save({f"model.{name}": tensor for name, tensor in large.state_dict().items()}, tmp_path / "large.pt")
     train.load_weights(large, tmp_path / "large.pt")
@@ -865,14 +870,14 @@ def test_weights_of_another_size_say_so_and_a_prefix_is_none_of_their_names(tmp_
         train.load_weights(small, tmp_path / "large.pt")
 
 
-def test_a_rank_that_a_scheduler_left_behind_is_not_torchruns(demo, tmp_path):
+def test_a_rank_variable_of_a_job_scheduler_is_ignored_without_torchrun(demo, tmp_path):
     environment = os.environ | {"RANK": "3"}
     command = [sys.executable, ROOT / "train.py", "--backbone", "pixels", "--scales", "1:8", "--data", demo]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "run folder: " in done.stdout
 
 
-def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_full_disk_gives_an_error_with_the_path_and_leaves_no_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -882,10 +887,10 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_grid_has_cells_of_its_own_number_on_each_axis_and_pixels_are_not_squashed():
+def test_a_grid_has_a_number_of_cells_for_each_axis_and_pixels_keep_their_size():
     model = Classifier("pixels", 1, ["1:5x40"])
     picture = np.zeros((80, 50), np.uint8)  # (m/z, retention time)
-    picture[2:4, 10:20] = 255  # cell 1 of m/z, cell 1 of retention time
+    picture[2:4, 10:20] = 255  # cell 1 on both axes
     x = train.make_inputs(model, replace(JET, colormap="gray"), [picture])
     assert x.shape == (1, 3, 80, 50)
     [pooled] = model.pool_maps(x)
