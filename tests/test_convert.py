@@ -256,7 +256,7 @@ def test_a_peak_at_4_37_min_and_mz_462_175_lights_the_pixel_at_that_place(tmp_pa
     assert not lit[0].any() and not lit[:, 0].any()
 
 
-def test_a_png_stores_the_levels_of_the_picture_and_displays_them_in_jet(tmp_path):
+def test_a_png_contains_the_levels_of_the_picture_and_displays_them_in_jet(tmp_path):
     write_mzml(tmp_path / "run.mzML", random_scans(3))
     recipe = Recipe(0, 2, 100, 300, bins=(24, 32), normalize="rt")
     convert.write_pictures(tmp_path / "run.mzML", [(tmp_path / "run.png", (0, 0))], recipe)
@@ -270,7 +270,7 @@ def test_a_png_stores_the_levels_of_the_picture_and_displays_them_in_jet(tmp_pat
     assert np.array(text["chromatogram"].split(), float) == pytest.approx(compute_chromatogram(picture), abs=1e-4)
 
 
-def test_normalize_rt_divides_by_scan_and_the_filter_spreads_intensity_everywhere():
+def test_normalize_rt_divides_by_the_maximum_of_each_time_and_global_by_that_of_the_file():
     counts = np.zeros((4, 4))
     counts[1, 1], counts[2, 2] = 10, 1000  # two times; the second bin is 100 times the first
     plain = Recipe(0, 1, 0, 1, bins=(4, 4), sigma=0.0, normalize="rt")
@@ -338,7 +338,7 @@ def test_min_intensity_removes_weaker_peaks(tmp_path):
         convert.read_statistics(tmp_path / "run.mzML", 101)
 
 
-def test_every_setting_of_a_recipe_is_stored_as_text_and_compared():
+def test_every_setting_of_a_recipe_is_written_as_text_and_compared():
     typical = Recipe(0.1, 9.7, 100.123456789, 900.0)
     other = {int: 7, float: 0.25, str: "global", tuple: (3, 5), bool: True}
     for field in fields(Recipe):

@@ -40,11 +40,11 @@ def test_intervals_are_wilsons_or_of_resampled_groups_and_small_classes_have_non
     for name, interval in expected.items():
         assert table.loc[name, ["low", "high"]].tolist() == pytest.approx(list(interval), abs=1e-4)
     assert table.equals(evaluate.compute_intervals(labels, logits, alone))
-    # Five pictures of each person are drawn together and carry as much information as one.
+    # Five pictures of each person are resampled together and have as much information as one.
     of_pictures = table.loc["balanced_accuracy", "high"] - table.loc["balanced_accuracy", "low"]
     many = np.repeat(labels, 5), np.repeat(logits, 5, axis=0)
-    of_persons = evaluate.compute_intervals(*many, np.repeat(alone, 5)).loc["balanced_accuracy"]
-    assert of_persons["high"] - of_persons["low"] == pytest.approx(of_pictures, rel=0.1)
+    person_interval = evaluate.compute_intervals(*many, np.repeat(alone, 5)).loc["balanced_accuracy"]
+    assert person_interval["high"] - person_interval["low"] == pytest.approx(of_pictures, rel=0.1)
     perfect = evaluate.compute_intervals(labels, np.where(labels, 9.0, -9.0)[:, None], alone)
     assert perfect.loc["recall", "low"] == pytest.approx(44 / (44 + 1.95996**2)) and perfect["high"]["recall"] == 1
     # All resamples of a perfect classifier are perfect, so they give no interval.
@@ -134,7 +134,7 @@ def test_names_of_people_are_no_confounder_and_repeated_injections_count_once():
     person_of, site = [f"p{k}" for k in person], rng.permutation(np.repeat(["a", "b", "c"], 8))
     pictures = make_pictures_table(np.where(person % 2, "case", "control"), person=person_of, site=site[person])
     together, not_tested = evaluate.find_confounders(pictures.assign(group=person_of))
-    assert list(together.index) == ["site"]  # each person has a name of their own
+    assert list(together.index) == ["site"]  # each person has a unique name
     assert not_tested == {"person": "24 names in 24 runs"}
     alone, _ = evaluate.find_confounders(pictures.drop_duplicates("person"))
     pd.testing.assert_frame_equal(together, alone)  # five injections of a person count as one
@@ -232,14 +232,14 @@ def test_validation_pictures_that_only_chose_the_epoch_may_be_evaluated(trained)
 
 def test_training_pictures_are_refused_and_another_data_set_has_its_own_output_folder(two, three, tmp_path):
     data, folder = two
-    run_of = Path(shutil.copytree(folder, tmp_path / "run"))
-    assert run("evaluate.py", run_of, cwd=tmp_path) == (0, "")
-    own = (run_of / "metrics.json").read_bytes()
+    copied = Path(shutil.copytree(folder, tmp_path / "run"))
+    assert run("evaluate.py", copied, cwd=tmp_path) == (0, "")
+    own = (copied / "metrics.json").read_bytes()
     renamed = Path(shutil.copytree(data, tmp_path / "renamed"))
-    status, line = run("evaluate.py", run_of, "--data", renamed, "--split", "train", cwd=tmp_path)
+    status, line = run("evaluate.py", copied, "--data", renamed, "--split", "train", cwd=tmp_path)
     assert status == 1 and "the run was fitted to 48 of these 48 pictures" in line
-    assert run("evaluate.py", run_of, "--data", renamed, cwd=tmp_path) == (0, "")  # the same pictures in another folder
-    assert (run_of / "metrics.json").exists() and not list(run_of.glob("renamed*"))
+    assert run("evaluate.py", copied, "--data", renamed, cwd=tmp_path) == (0, "")  # the same pictures in another folder
+    assert (copied / "metrics.json").exists() and not list(copied.glob("renamed*"))
     other = Path(shutil.copytree(three[0], tmp_path / "elsewhere/data"))  # another cohort, the same folder name
     for split in ("train", "val", "test"):
         shutil.rmtree(other / split / "c")
@@ -248,9 +248,9 @@ def test_training_pictures_are_refused_and_another_data_set_has_its_own_output_f
     for old, new in (("a", "non-user"), ("b", "user")):
         for path in list(other.glob(f"*/{old}")):
             path.rename(path.with_name(new))
-    (run_of / "metrics.json").write_bytes(own)
-    assert run("evaluate.py", run_of, "--data", other, cwd=tmp_path) == (0, "")
-    assert (run_of / "metrics.json").read_bytes() == own and len(list(run_of.glob("data-*-test/metrics.json"))) == 1
+    (copied / "metrics.json").write_bytes(own)
+    assert run("evaluate.py", copied, "--data", other, cwd=tmp_path) == (0, "")
+    assert (copied / "metrics.json").read_bytes() == own and len(list(copied.glob("data-*-test/metrics.json"))) == 1
 
 
 def test_confounders_are_tested_in_all_splits_of_the_data_set(two, tmp_path, capsys):
@@ -323,14 +323,14 @@ def test_other_axes_other_classes_and_missing_data_are_refused_with_the_reason(t
     coarse = ["convert.py", raw, raw / "samples.csv", "coarse", "--rt-range", 1, 11, "--mz-range", 100, 900]
     assert run(*coarse, "--bins", 12, "--sigma", 1, "--normalize", "global", cwd=tmp_path) == (0, "")
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
-    for run_, flags, words in (
+    for run_, flags, message in (
         (folder, ["--data", three[0]], "a, b, c: not among the run's classes, non-user, user"),
         (folder, ["--data", "coarse"], "bins is (12, 12), not (64, 64)"),
         (moved, ["--data", "nowhere"], "nowhere: no such data set"),
         ("nowhere", [], "nowhere: no best.pt"),
     ):
         status, line = run("evaluate.py", run_, *flags, cwd=tmp_path)
-        assert status == 1 and words in line and "\n" not in line
+        assert status == 1 and message in line and "\n" not in line
 
 
 # ---------------------------------------------------------------- an ensemble of several runs
@@ -401,7 +401,7 @@ def copy_and_change(source, folder, change):
 
 def test_an_ensemble_needs_the_same_data_set_axes_and_classes(two, tmp_path):
     data, folder = two
-    for name, change, words in (
+    for name, change, message in (
         ("classes", lambda c: c["config"]["classes"].reverse(), "its classes, or their order, differ"),
         ("axes", lambda c: c["recipe"].update(rt_max="12.0"), "another kind of picture than the others"),
         ("data", lambda c: c["config"]["settings"].update(pictures=1), "its data set, or its split, differs"),
@@ -409,7 +409,7 @@ def test_an_ensemble_needs_the_same_data_set_axes_and_classes(two, tmp_path):
         other = copy_and_change(folder, tmp_path / name, change)
         for flags in (["--ensemble"], ["--predict", data.parent / "raw/user00.mzML"]):
             status, line = run("evaluate.py", folder, other, *flags, "--out", "out", cwd=tmp_path)
-            assert status == 1 and f"{other}: {words}" in line and "\n" not in line
+            assert status == 1 and f"{other}: {message}" in line and "\n" not in line
             assert not (tmp_path / "out").exists()
 
 

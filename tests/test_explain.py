@@ -301,7 +301,7 @@ def test_a_raw_file_and_its_picture_have_the_same_ranking_and_other_axes_are_ref
         assert tables[name]["t"].isna().all() and tables[name]["t_q"].isna().all()  # one phenotype or none
     pd.testing.assert_frame_equal(tables["png"], tables["raw"], rtol=1e-4, atol=1e-6)
     assert set(tables["png"]["alignment_id"]) == {0, 2}
-    # A ranking can be a list of features again.
+    # The written ranking can be used as the list of features.
     again = ["--input", picture, "--features", tmp_path / "png/features.csv", "--out", "again"]
     assert run("explain.py", network, *again, cwd=tmp_path) == (0, "")
     # Few pictures have no evidence, and pixels has no CAM. Pictures of one predicted class have evidence.
