@@ -42,9 +42,8 @@ def demo_compounds(rng, n_planted=24, n_background=216):
     """
     n = n_planted + n_background
     compounds = pd.DataFrame({"planted": np.arange(n) < n_planted, "rt": rng.uniform(0.9, 9.0, n)})  # minutes
-    compounds["mz"] = (
-        rng.uniform(110, 700, n) + 20 * compounds["rt"]
-    )  # larger molecules elute later, as on a C18 column
+    # Larger molecules elute later, as on a C18 column.
+    compounds["mz"] = rng.uniform(110, 700, n) + 20 * compounds["rt"]
     others = rng.integers(0, n, n - 2 * n // 3)  # the last third of the compounds overlaps with these
     for axis, spread in (("rt", 0.1), ("mz", 6)):
         beside = compounds[axis][others] + rng.normal(0, spread, len(others))

@@ -128,9 +128,8 @@ def draw_leak(table, path):
     accuracy = table.pivot(index="held out together", columns="model", values="accuracy")
     accuracy = accuracy.loc[["file", "day", "wine", "pair"], ["pixels", "head on several scales", "ensemble of both"]]
     accuracy.index = ["a file:\nreplicates leak", "a day:\nreplicates leak", "a wine", "a pair of wines"]
-    with train.figure(
-        path, "39 GC-MS files of twelve wines: replicates in the training set raise accuracy", (8, 4.5)
-    ) as axes:
+    title = "39 GC-MS files of twelve wines: replicates in training raise the score"
+    with train.figure(path, title, (8, 4.5)) as axes:
         accuracy.plot.bar(ax=axes, rot=0, color=["#4c78a8", "#f58518", "#54a24b"], width=0.75)
         for bars in axes.containers:
             axes.bar_label(bars, fmt="%.2f", fontsize=8)
