@@ -11,7 +11,6 @@ also tests possible confounders, such as batch, order of measurement and retenti
 """
 
 import argparse
-import json
 import os
 import sys
 from itertools import combinations
@@ -88,12 +87,11 @@ def evaluate(runs, home, args):
         (tn, fp), (fn, tp) = result["confusion"]
         result |= {"threshold": args.threshold, "tn": tn, "fp": fp, "fn": fn, "tp": tp}
 
-    folder = home if args.split == "test" else home / args.split
+    name = "" if args.split == "test" else args.split
     fitted = everything.query("split != 'test'")
     if digest_pictures(fitted, recipe) != config["settings"]["pictures"]:  # another data set
-        name = Path(data).resolve().name
-        folder = home / f"{name}-{digest_pictures(table, recipe):08x}-{args.split}"
-    folder = Path(args.out or folder)
+        name = f"{Path(data).resolve().name}-{digest_pictures(table, recipe):08x}-{args.split}"
+    folder = Path(args.out or home / name)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", result)
     write_table(folder / "predictions.csv", predictions)
@@ -114,8 +112,7 @@ def report_confounders(everything, recipe):
         print(f"not tested: {name} ({reason})")
     for name in flagged:
         print(f"warning: {name} separates the phenotypes; the classifier may have learned {name}")
-    table = table.replace({np.nan: None}).to_dict("index")
-    return {"confounders": table, "flagged": flagged, "not_looked_at": not_tested}
+    return {"confounders": table.to_dict("index"), "flagged": flagged, "not_looked_at": not_tested}
 
 
 def load_ensemble(runs):
@@ -151,8 +148,7 @@ def read_split(checkpoint, data, split):
     table, recipe = find_pictures(data, None if split == "all" else (split,))
     check_recipe(recipe, checkpoint["recipe"], data)
     table = table.query("not copy").reset_index(drop=True)
-    paths = tqdm(table["path"], desc="reading", disable=None, leave=False)
-    return table, [read_picture(path) for path in paths]
+    return table, [read_picture(path) for path in progress(table["path"], "reading")]
 
 
 def predict_probabilities(models, recipe, pictures):
@@ -222,17 +218,16 @@ def predict_files(runs, files, threshold=0.5):
     print(describe_rule(classes, threshold), end="\n\n")
     table, pictures = read_files(list_files(files), recipe)
     members = predict_probabilities(models, recipe, pictures)
-    shifts, warnings = [], []
-    for picture, statistics in zip(pictures, table["statistics"], strict=True):
-        chromatogram = compute_chromatogram(picture)
-        shifts.append(measure_rt_shift(chromatogram, checkpoint["chromatogram"], recipe))
-        warning = "a PNG: how its raw file was measured is unknown"
+    predictions = table[["file"]].join(tabulate(members, classes, threshold))
+    predictions = predictions.assign(rt_shift=0.0, warning="a PNG: how its raw file was measured is unknown")
+    for i, statistics in enumerate(table["statistics"]):
+        chromatogram = compute_chromatogram(pictures[i])
+        shift = measure_rt_shift(chromatogram, checkpoint["chromatogram"], recipe)
+        predictions.loc[i, "rt_shift"] = shift
         if statistics:
-            statistics["rt_shift"] = shifts[-1]
-            warning = find_anomalies(statistics, checkpoint["cohort"], recipe)
-        warnings.append(warning)
-    predictions = tabulate(members, classes, threshold)
-    return table[["file"]].join(predictions).assign(rt_shift=shifts, warning=warnings)
+            statistics["rt_shift"] = shift
+            predictions.loc[i, "warning"] = find_anomalies(statistics, checkpoint["cohort"], recipe)
+    return predictions
 
 
 def read_files(files, recipe):
@@ -299,12 +294,12 @@ def compare(runs, out):
     for judged, rows in seeds.groupby("judged"):
         if rows.index.nunique() > 1:
             sections[f"p values, {judged}. {P_VALUES}"] = compute_p_values(rows, metrics)
-    text = []
+    text = ""
     for heading, section in sections.items():
         numbers = section.to_string(float_format="{:.3g}".format)
-        text.append(f"{heading}\n\n```\n{numbers}\n```")
-    write_text(out / "comparison.md", "\n\n".join(text))
-    print(*text, f"results: {out}/", sep="\n\n")
+        text += f"{heading}\n\n```\n{numbers}\n```\n\n"
+    write_text(out / "comparison.md", text.strip())
+    print(f"{text}results: {out}/")
 
 
 def summarize_run(run):
@@ -328,7 +323,7 @@ def summarize_run(run):
         "baseline_loss": config["baseline_loss"],
         "notes": ", ".join(list_cautions(settings)),
         "run": str(run),
-        "settings": json.dumps(settings),  # the same in all replicates
+        "settings": str(settings),  # the same in all replicates
     }
     row["replicates"] = "{data_set}/{backbone} ({notes})".format(**row).removesuffix(" ()")
     if fold is not None:
@@ -376,8 +371,7 @@ def compute_p_values(replicates, metrics):
         for a, b in pairs:
             error = ranks.std() * np.sqrt(1 / n[a] + 1 / n[b])  # with Dunn's correction for ties
             p.append(2 * norm.sf(abs(mean[a] - mean[b]) / error))
-        p_all = kruskal(*values.groupby(level=0).agg(list)).pvalue
-        table[name] = [p_all, *false_discovery_control(p)]
+        table[name] = [kruskal(*groups.agg(list)).pvalue, *false_discovery_control(p)]
     return table
 
 
@@ -402,8 +396,8 @@ def compute_intervals(labels, logits, groups, threshold=0.5):
     class. Pictures of one group (a person) are not independent: then groups are resampled, for all
     metrics. No interval: fewer than MIN_GROUPS groups of a class, or resamples that are all equal.
     """
-    table = pd.DataFrame({"value": compute_metrics(labels, logits, threshold)})
-    table[["low", "high"]] = np.nan
+    values = compute_metrics(labels, logits, threshold)
+    table = pd.DataFrame({"value": values, "low": np.nan, "high": np.nan})
     probabilities = to_probabilities(logits)
     has_class = pd.crosstab(groups, labels) > 0  # (group, class)
     if has_class.shape[1] < probabilities.shape[1] or has_class.sum().min() < MIN_GROUPS:
@@ -412,7 +406,7 @@ def compute_intervals(labels, logits, groups, threshold=0.5):
     strata = has_class.groupby([*has_class])  # groups with the same classes
     rng = np.random.default_rng(SEED)
     resamples = []
-    for _ in tqdm(range(RESAMPLES), desc="bootstrap", disable=None, leave=False):
+    for _ in progress(range(RESAMPLES), "bootstrap"):
         drawn = strata.sample(frac=1, replace=True, random_state=rng)
         i = np.concatenate([members[group] for group in drawn.index])
         resamples.append(compute_metrics(labels[i], logits[i], threshold))
@@ -427,9 +421,9 @@ def compute_intervals(labels, logits, groups, threshold=0.5):
         if probabilities.shape[1] == 2:
             hits |= {"recall": correct[labels == 1], "specificity": correct[labels == 0]}
             hits["precision"] = correct[predicted == 1]
-        for name, values in hits.items():
-            if len(values):
-                table.loc[name, ["low", "high"]] = wilson(values)
+        for name, trials in hits.items():
+            if len(trials):
+                table.loc[name, ["low", "high"]] = wilson(trials)
     return table
 
 
@@ -462,7 +456,7 @@ def find_confounders(table):
         if not is_number and len(counts) > counts.sum().min():
             not_tested[name] = f"{len(counts)} names in {len(values)} runs"
             continue
-        shares = counts.div(counts.sum(axis=1), axis=0)  # (part, phenotype)
+        shares = pd.crosstab(parts, phenotype, normalize="index")  # (part, phenotype)
         auc = max(roc_auc(phenotype == k, parts.map(shares[k])) for k in shares)
         p = chi2_contingency(counts).pvalue
         if is_number:
@@ -471,7 +465,7 @@ def find_confounders(table):
         rows[name] = auc, p
         if len(values) < len(column):
             not_tested[name] = f"{len(column) - len(values)} values that are not numbers"
-    table = pd.DataFrame.from_dict(rows, "index", dtype=float, columns=["auc", "q"])
+    table = pd.DataFrame(rows, ["auc", "q"], dtype=float).T
     return table.assign(q=false_discovery_control(table["q"])), not_tested
 
 
@@ -482,9 +476,8 @@ def read_numbers(column):
     """
     readings = [pd.to_numeric(column.str.replace(",", "."), errors="coerce")]
     readings.append(pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True))
-    for day in ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y"):
-        date = pd.to_datetime(column, errors="coerce", format=day, exact=False, utc=True)
-        readings.append(date)  # without the time of day
+    for day in ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y"):  # without the time of day
+        readings.append(pd.to_datetime(column, errors="coerce", format=day, exact=False, utc=True))
     best = max(readings, key=pd.Series.count)  # the first of equals
     readable = best.notna()
     if readable.all() or (column.nunique() > 12 and readable.mean() > 0.5):
@@ -500,25 +493,19 @@ def flag_confounders(confounders):
 # ---------------------------------------------------------------- figures
 def draw_test(path, title, predictions, confusion, metrics):
     """Confusion matrix; ROC curve and calibration of class 1, or of each of more than two classes."""
-    shown = list(confusion)
-    if len(shown) == 2:
-        shown = shown[1:]
+    classes = list(confusion)
+    shown = classes[1:] if len(classes) == 2 else classes
+    shares = confusion.div(confusion.sum(axis=1).clip(1), axis=0).to_numpy()  # of each true class
     with figure(path, title, (17, 6.4), ncols=3) as (left, middle, right):
-        draw_confusion(left, confusion)
+        left.imshow(shares, cmap="Blues", vmin=0, vmax=2)  # no dark blue, as the text is black
+        for (i, j), n in np.ndenumerate(confusion):
+            left.text(j, i, f"{n}\n{shares[i, j]:.0%}", ha="center", va="center")
+        left.set_xticks(range(len(classes)), classes)
+        left.set_yticks(range(len(classes)), classes)
+        left.set(xlabel="predicted", ylabel="true phenotype")
+        left.set_title("Number of pictures, share of the true phenotype", fontsize=10)
         draw_roc(middle, predictions, shown, metrics)
         draw_calibration(right, predictions, shown)
-
-
-def draw_confusion(ax, confusion):
-    """Counts, shaded by the share of each true class."""
-    share = confusion.div(confusion.sum(axis=1).clip(1), axis=0).to_numpy()
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=2)  # no dark blue, as the text is black
-    for (i, j), n in np.ndenumerate(confusion):
-        ax.text(j, i, f"{n}\n{share[i, j]:.0%}", ha="center", va="center")
-    ax.set_xticks(range(len(share)), confusion.index)
-    ax.set_yticks(range(len(share)), confusion.index)
-    ax.set(xlabel="predicted", ylabel="true phenotype")
-    ax.set_title("Number of pictures, share of the true phenotype", fontsize=10)
 
 
 def draw_roc(ax, predictions, shown, metrics):

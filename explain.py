@@ -39,8 +39,8 @@ from scipy.stats import beta, false_discovery_control, ttest_ind
 from torch import nn
 from torchcam.methods import LayerCAM
 
-from deeplcms import SPLITS, Help, InputError, clean_title, count, first_line, list_files
-from deeplcms import read_table, run_script, write_table
+from deeplcms import SPLITS, Help, InputError, clean_title, count, first_few, first_line
+from deeplcms import list_files, read_table, run_script, write_table
 from evaluate import MIN_GROUPS, label_axes, make_title, pick_in_turn, predict_probabilities
 from evaluate import read_files, read_split, show
 from train import DEVICE, figure, find_run, load_run, make_inputs, progress
@@ -71,11 +71,11 @@ def explain(args):
     else:
         table, pictures = read_split(checkpoint, data, args.split)
     table["probability"] = predict_probabilities([model], recipe, pictures)[0, :, k]
-    table["in_class"] = table["phenotype"].map({name: float(name == class_name) for name in classes})
+    known = dict.fromkeys(classes, 0.0) | {class_name: 1.0}
+    table["in_class"] = table["phenotype"].map(known)
     out = Path(args.out or run / "explain")
     out.mkdir(parents=True, exist_ok=True)
 
-    # CAMs of a few pictures
     make_cams = partial(compute_cams, model, layers, recipe, k=k)
     shown = pick_in_turn(table, args.n)
     try:
@@ -87,33 +87,38 @@ def explain(args):
             raise
         print(f"no cam_grid.png: {error}")
 
-    # Evidence ranks the features
     if features is not None:
         tolerance = args.rt_tolerance
         ranking, evidence = rank_by_evidence(features, table, pictures, recipe, tolerance, make_cams)
         write_table(out / "features.csv", ranking)
         write_table(out / "inclusion.csv", make_inclusion_list(ranking, tolerance))
         columns = "rank rt mz evidence direction q t t_q in_box name".split()
-        print(ranking[columns].head(10).to_string(index=False, float_format="{:.3g}".format))
+        first = ranking[columns].head(10)
+        print(first.to_string(index=False, float_format="{:.3g}".format))
         draw_overlay(out / "overlay.png", evidence, ranking, recipe, title)
     print(f"{len(table)} pictures explained in {out}")
 
 
 def rank_by_evidence(features, table, pictures, recipe, tolerance, make_cams):
     """Features ranked by evidence, or else by the mean CAM, and that map (height, width)."""
-    p, in_class, intensities = measure_samples(table, pictures, recipe, tolerance)
+    samples = table.groupby(["group", "phenotype"])  # repeated injections are one sample: their mean
+    p, in_class = samples[["probability", "in_class"]].mean().to_numpy().T
+    intensities = np.empty((len(p), pictures[0].size), np.float16)
+    for i, (_, injections) in enumerate(progress(samples, "evidence")):
+        local = [local_intensity(pictures[j], recipe, tolerance) for j in injections.index]
+        intensities[i] = np.mean(local, axis=0).ravel()
+    measured = look_up(intensities, features, recipe).astype(float)
+    tests = compare_phenotypes(measured, in_class)
     if len(p) >= MIN_GROUPS and np.ptp(p) > 0:
         components = find_common_components(intensities, p)
         evidence = compute_evidence(intensities, p, components)
         at_features = look_up(evidence, features, recipe)
-        tests = compute_evidence_p(at_features, len(p) - 2 - components.shape[1])
+        n_free = len(p) - 2 - components.shape[1]
+        tests = tests.join(compute_evidence_p(at_features, n_free))
     else:
         print(f"equal probabilities or fewer than {MIN_GROUPS} samples: mean CAM replaces evidence")
         evidence = sum(make_cams(pictures)).ravel() / len(pictures)
         at_features = look_up(evidence, features, recipe)
-        tests = pd.DataFrame(np.nan, features.index, ["direction", "p", "q"])
-    measured = look_up(intensities, features, recipe).astype(float)
-    tests = tests.join(compare_phenotypes(measured, in_class))
     half_box = [tolerance, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]]
     ranking = rank_features(features, at_features, tests, half_box)
     return ranking, evidence.reshape(pictures[0].shape)
@@ -124,21 +129,19 @@ def choose_layers(model, names=None):
     """Layers of the backbone with these names, or else the finest map that the head sees."""
     modules = dict(model.backbone.named_modules())
     stages = getattr(model.backbone, "feature_info", [])
-    for name in names or []:
-        if name not in modules:
-            known = ", ".join(stage["module"] for stage in stages if stage["module"] in modules)
-            listed = f"those that timm lists: {known or 'none'}"
-            raise InputError(f"--layers {name}: no layer of this backbone; {listed}")
+    listed = [stage["module"] for stage in stages if stage["module"] in modules]
+    if unknown := set(names or []) - set(modules):
+        known = ", ".join(listed) or "none"
+        raise InputError(f"--layers {first_few(unknown)}: no layer of this backbone; those that timm lists: {known}")
     if names:
         return [f"backbone.{name}" for name in names]
     if not model.map_indices:
         return []  # the head sees the picture alone
     # The last map is off by up to 7 % of the axis. The last layer of stride 4 replaces it.
-    if stages[model.map_indices[0]]["reduction"] == stages[-1]["reduction"]:
+    if model.map_indices[0] == len(stages) - 1:
         stride = max(4, stages[0]["reduction"])
         name = [stage["module"] for stage in stages if stage["reduction"] <= stride][-1]
-        module = modules.get(name)
-        if module and not isinstance(module, nn.ModuleList):  # a list has no output
+        if name in listed and not isinstance(modules[name], nn.ModuleList):  # a list has no output
             return [f"backbone.{name}"]
     return ["taps.0"]
 
@@ -147,9 +150,8 @@ def compute_cams(model, layers, recipe, pictures, k):
     """Yield the CAM of class k of each picture, float (height, width); InputError without one."""
     if not layers:
         raise InputError("the head sees the picture alone, so there is no CAM")
-    reshape = None
-    if layers != ["taps.0"]:  # a tap is channels-first
-        reshape = partial(to_channels_first, backbone=model.backbone)
+    # A tap is channels-first already.
+    reshape = None if layers == ["taps.0"] else partial(to_channels_first, backbone=model.backbone)
     try:
         with LayerCAM(model, layers, reshape_transform=reshape) as cam:
             for picture in progress(pictures, "CAMs"):
@@ -157,8 +159,9 @@ def compute_cams(model, layers, recipe, pictures, k):
                 logits = model(x.requires_grad_())
                 if logits.shape[1] == 1:
                     logits = torch.cat([-logits, logits], dim=1)  # so either class has a CAM
-                fused = cam.fuse_cams(cam(k, logits, normalized=False)).float()
-                yield resize_maps(fused, picture.shape)[0].cpu().numpy()
+                maps = cam(k, logits, normalized=False)
+                fused = resize_maps(cam.fuse_cams(maps).float(), picture.shape)
+                yield fused[0].cpu().numpy()
     except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
         reason = f"{', '.join(layers)} ({first_line(error)})"
         raise InputError(f"no CAM at {reason}; try other --layers") from None
@@ -182,17 +185,6 @@ def resize_maps(maps, shape):
 
 
 # ---------------------------------------------------------------- evidence
-def measure_samples(table, pictures, recipe, tolerance):
-    """Probability (N,), class (N,: 1, 0, nan if unknown), local intensities (N, P) of samples."""
-    groups = table.groupby(["group", "phenotype"])  # repeated injections are one sample: their mean
-    intensities = np.empty((len(groups), pictures[0].size), np.float16)
-    for i, (_, injections) in enumerate(progress(groups, "evidence")):
-        local = [local_intensity(pictures[j], recipe, tolerance) for j in injections.index]
-        intensities[i] = np.mean(local, axis=0).ravel()
-    p, in_class = groups[["probability", "in_class"]].mean().to_numpy().T
-    return p, in_class, intensities
-
-
 def local_intensity(picture, recipe, tolerance):
     """Mean log intensity (height, width) within the retention tolerance (minutes) of each pixel."""
     levels = picture / np.float32(255)
@@ -214,7 +206,8 @@ def compute_evidence(intensities, p, components):
     for x in column_chunks(intensities):
         x = project_out(x, components)
         lengths = np.linalg.norm(x, axis=0) * np.linalg.norm(p)
-        evidence.append(p @ x / np.where(lengths > 1e-6, lengths, np.inf))
+        lengths[lengths < 1e-6] = np.inf
+        evidence.append(p @ x / lengths)
     return np.concatenate(evidence)
 
 
@@ -228,8 +221,8 @@ def find_common_components(intensities, p, most=0.1):
     for x in column_chunks(intensities):
         x -= x.mean(axis=0)
         gram += x @ x.T
-    _, components = eigsh(gram, k=2)
     p = p - p.mean()
+    _, components = eigsh(gram, k=2, v0=p)  # a fixed start gives the same digits in every run
     explained = (components.T @ p) ** 2 / (p @ p)
     return components[:, explained < most]
 
@@ -242,13 +235,15 @@ def project_out(x, components):
 
 def column_chunks(intensities):
     """Yield the columns of intensities (N, P) in float32 chunks, to save memory."""
-    for chunk in np.array_split(intensities, math.ceil(intensities.size / 2**23), axis=1):
+    n_chunks = math.ceil(intensities.size / 2**23)
+    for chunk in np.array_split(intensities, n_chunks, axis=1):
         yield chunk.astype(np.float32)
 
 
 def compute_evidence_p(r, n_free):
     """Table of direction, p, Benjamini-Hochberg q of evidence r (F,); n_free: degrees of freedom."""
-    p = 2 * beta.sf(abs(r), n_free / 2, n_free / 2, loc=-1, scale=2)  # null: a scaled beta
+    null = beta(n_free / 2, n_free / 2, loc=-1, scale=2)  # distribution of chance correlations
+    p = 2 * null.sf(abs(r))
     direction = np.where(r > 0, "up", "down")
     return pd.DataFrame({"direction": direction, "p": p, "q": false_discovery_control(p)})
 
@@ -257,7 +252,7 @@ def compare_phenotypes(intensities, in_class):
     """Table of Welch's t of intensities (N, F) and its q; in_class (N,): 1, 0, nan if unknown."""
     groups = [intensities[in_class == 1], intensities[in_class == 0]]
     if min(map(len, groups)) < 2:
-        return pd.DataFrame(np.nan, range(intensities.shape[1]), ["t", "t_q"])
+        return pd.DataFrame(index=range(intensities.shape[1]))  # no columns: t is unknown
     test = ttest_ind(*groups, equal_var=False)
     p = np.nan_to_num(test.pvalue, nan=1)
     return pd.DataFrame({"t": test.statistic, "t_q": false_discovery_control(p)})
@@ -278,9 +273,12 @@ def read_features(path, recipe, query=None):
     InputError if columns, numbers or all features are missing.
     """
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    lines = [list(map(clean_title, re.split("[,;\t]", line))) for line in text.split("\n")[:10]]
-    headers = [i for i, line in enumerate(lines) if find_column("rt", line) and find_column("mz", line)]
-    header = min(headers, default=0)  # number of lines before it
+    header = 0  # number of lines before the titles
+    for i, line in enumerate(text.split("\n")[:10]):
+        titles = [clean_title(title) for title in re.split("[,;\t]", line)]
+        if find_column("rt", titles) and find_column("mz", titles):
+            header = i
+            break
     table = read_table(path, header, dtype=None, keep_default_na=True)
     rt, mz, name = (find_column(kind, table) for kind in COLUMNS)
     if not (rt and mz):
@@ -315,7 +313,9 @@ def read_features(path, recipe, query=None):
 
 def find_column(kind, titles):
     """The first title of COLUMNS[kind] that is among these titles, or None."""
-    return next((title for title in COLUMNS[kind].split() if title in titles), None)
+    for title in COLUMNS[kind].split():
+        if title in titles:
+            return title
 
 
 def look_up(maps, table, recipe):
@@ -328,32 +328,34 @@ def look_up(maps, table, recipe):
 
 def rank_features(table, evidence, tests, half_box):
     """Features by size of evidence (F,), with tests. in_box: number of others within half_box."""
-    places = table[["rt", "mz"]].to_numpy()
+    columns = "rank rt mz name evidence direction p q t t_q in_box".split()
+    others = table.columns.difference(columns, sort=False)
     ranking = table[["rt", "mz", "name"]].assign(evidence=abs(evidence)).join(tests)
+    places = table[["rt", "mz"]].to_numpy()
     ranking["in_box"] = [(abs(places - place) <= half_box).all(axis=1).sum() - 1 for place in places]
-    ranking = ranking.join(table.drop(columns=["rank", *ranking], errors="ignore"))
+    ranking = ranking.reindex(columns=columns).join(table[others])  # nan: not tested
     ranking = ranking.sort_values("evidence", ascending=False, kind="stable", ignore_index=True)
-    ranking.insert(0, "rank", ranking.index + 1)
+    ranking["rank"] = ranking.index + 1
     return ranking
 
 
 def make_inclusion_list(table, tolerance):
     """Mass list of an Orbitrap: q and t_q are below 0.05 or unknown; charge 1 is assumed."""
     table = table.query("not (q >= 0.05 or t_q >= 0.05)")
-    columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"]}
-    columns |= {"z": 1, "t start (min)": (table["rt"] - tolerance).clip(0)}
-    columns["t stop (min)"] = table["rt"] + tolerance
-    return pd.DataFrame(columns).round(5)
+    columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"], "z": 1}
+    targets = pd.DataFrame(columns)
+    targets["t start (min)"] = (table["rt"] - tolerance).clip(0)
+    targets["t stop (min)"] = table["rt"] + tolerance
+    return targets.round(5)
 
 
 # ---------------------------------------------------------------- figures
 def draw_cam_grid(path, table, pictures, cams, recipe, title):
     """Article Figure 6: CAMs over the pictures, on one scale, with predicted probabilities."""
     n = math.ceil(len(table) ** 0.5)
-    size = (3.4 * n + 2, 3 * n + 1)
     scale = PowerNorm(0.5, 0, np.max(cams) or 1)  # the square root lifts weak spots
     grid = {"nrows": n, "ncols": n, "sharex": True, "sharey": True, "squeeze": False}
-    with figure(path, title, size, **grid) as axes:
+    with figure(path, title, (3.4 * n + 2, 3 * n + 1), **grid) as axes:
         for axis, row, cam in zip(axes.flat, table.itertuples(), cams, strict=False):
             show(axis, pictures[row.Index], recipe, cmap="gray", vmin=0, vmax=255)
             image = show(axis, cam, recipe, cmap="inferno", norm=scale, alpha=0.9 * scale(cam))
@@ -367,9 +369,8 @@ def draw_overlay(path, evidence, table, recipe, title):
     """Article Figures 7 and 8: features over the evidence; the first ten are labelled."""
     limit = abs(evidence).max() or 1
     first = table.head(10).sort_values("mz", ignore_index=True)
-    meaning = "evidence (red: up in the class, blue: down)"
-    if table["q"].isna().all():
-        meaning = "mean CAM"
+    is_cam = table["q"].isna().all()
+    meaning = "mean CAM" if is_cam else "evidence (red: up in the class, blue: down)"
     with figure(path, f"Ranked features; {title}", (11, 6.5)) as axis:
         image = show(axis, evidence, recipe, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axis.figure.colorbar(image, ax=axis, location="bottom", shrink=0.9, aspect=40, label=meaning)
@@ -381,7 +382,8 @@ def draw_overlay(path, evidence, table, recipe, title):
         beside = {"textcoords": "axes fraction", "va": "center", "fontsize": 8, "arrowprops": line}
         for row in first.itertuples():
             label = f"{row.rank}. {row.rt:.2f} min, m/z {row.mz:.3f}\n    {row.name[:34]}"
-            axis.annotate(label, (row.rt, row.mz), (1.03, (row.Index + 0.5) / len(first)), **beside)
+            height = (row.Index + 0.5) / len(first)
+            axis.annotate(label, (row.rt, row.mz), (1.03, height), **beside)
         axis.set(xlabel="retention time (min)", ylabel="m/z")
         axis.legend(loc="upper left", fontsize=8)
 
