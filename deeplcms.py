@@ -107,29 +107,26 @@ def make_histogram(path, recipe):
     """
     rt_edges = np.linspace(recipe.rt_min, recipe.rt_max, recipe.bins[0] + 1)
     mz_edges = np.linspace(recipe.mz_min, recipe.mz_max, recipe.bins[1] + 1)
-    mz_edges[-1] = np.nextafter(recipe.mz_max, np.inf)  # the last bin includes its right edge
-    histogram = np.zeros(recipe.bins)
+    for edges in (rt_edges, mz_edges):
+        edges[-1] = np.nextafter(edges[-1], np.inf)  # the last bin includes its right edge
+    sums = np.zeros(np.add(recipe.bins, 2))  # with a border for what is outside the axes
     metadata, scans = read_raw(path, recipe.min_intensity, recipe.only_polarity)
-    n_peaks, total, rts, mzs = 0, 0.0, [], []
+    n_peaks, rts, mzs = 0, [], []
     for rt, mz, intensity in scans:
-        if not (0 <= rt < np.inf and mz[0] > 0 and np.isfinite(mz.sum())):
-            place = f"{60 * rt:g} s (-1: no time), m/z {mz[0]:g} to {mz[-1]:g}"
+        low, high = mz.min(), mz.max()
+        if not (0 <= rt < np.inf and 0 < low <= high < np.inf):
+            place = f"{60 * rt:g} s (-1: no time), m/z {low:g} to {high:g}"
             raise InputError(f"{path.name}: a scan has an impossible time or m/z: {place}")
         n_peaks += len(mz)
-        total += intensity.sum(dtype=np.float64)
         rts.append(rt)
-        mzs += [mz[0], mz[-1]]
-        if recipe.rt_min <= rt <= recipe.rt_max:
-            column = np.searchsorted(rt_edges[:-1], rt, side="right") - 1  # rt_max: in the last bin
-            # m/z is sorted, so a bin is a slice: search once per edge, not once per peak.
-            starts = np.searchsorted(mz, mz_edges)
-            padded = np.append(intensity, 0.0)  # float64; a slice may start after the last peak
-            sums = np.add.reduceat(padded, starts)[:-1]
-            filled = np.diff(starts) > 0  # for an empty slice reduceat returns padded[start]
-            histogram[column] += np.where(filled, sums, 0)
+        mzs += [low, high]
+        column = np.searchsorted(rt_edges, rt, side="right")
+        rows = np.searchsorted(mz_edges, mz, side="right")
+        sums[column] += np.bincount(rows, intensity, minlength=len(mz_edges) + 1)
     if n_peaks == 0:
         wanted = f"min_intensity {recipe.min_intensity:g}, polarity {recipe.only_polarity or 'any'}"
         raise InputError(f"{path.name}: no MS1 peaks ({wanted})")
+    histogram, total = sums[1:-1, 1:-1], sums.sum()
     outside = max(0.0, 1 - histogram.sum() / total)
     statistics = {"n_peaks": n_peaks, "total_intensity": total, "outside": outside}
     statistics |= {"rt_first": min(rts), "rt_last": max(rts), "rt_gap": np.diff(sorted(rts)).max(initial=0)}
@@ -168,7 +165,7 @@ def colours(picture, colormap):
 
 # ---------------------------------------------------------------- raw files
 def read_raw(path, min_intensity=0.0, only_polarity=""):
-    """Metadata of a raw file, and an iterator over its MS1 scans (minutes, ascending m/z, intensity).
+    """Metadata of a raw file, and an iterator over its MS1 scans (minutes, m/z, intensity).
 
     Metadata: polarity ("+", "-" or, if unknown, ""), n_scans, scan_kinds and, if known, start_time.
     For ion mobility or MS2 change this function. A new format needs a reader here and its extension
@@ -193,7 +190,7 @@ def read_raw(path, min_intensity=0.0, only_polarity=""):
 
 
 def read_openms(path, polarities):
-    """Metadata and scans of mzML or mzXML. OpenMS unpacks, knows the unit of time and sorts m/z."""
+    """Metadata and scans of mzML or mzXML. OpenMS unpacks and knows the unit of time."""
     experiment = load_experiment(path)
     kept, found, kinds = [], set(), Counter()
     for i, spectrum in enumerate(experiment):
@@ -272,8 +269,7 @@ def read_netcdf(path, polarities):
     started = pd.to_datetime(stamp, format="%Y%m%d%H%M%S", errors="coerce")
     if pd.notna(started):
         metadata["start_time"] = str(started)
-    orders = ((rt, start + np.argsort(mz[start:end], kind="stable")) for rt, start, end in scans)
-    return metadata, ((rt, mz[order], intensity[order]) for rt, order in orders)
+    return metadata, ((rt, mz[start:end], intensity[start:end]) for rt, start, end in scans)
 
 
 def open_unpacked(path):
