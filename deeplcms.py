@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import time
-import unicodedata
 import zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -143,15 +142,15 @@ def render_histogram(histogram, recipe):
     The article divides by the highest bin of each retention time (rt) or of the file (global); its
     top level is the highest value of the picture.
     """
+    if recipe.normalize == "rt":
+        highest = histogram.max(axis=1, keepdims=True)
+        histogram = histogram / np.where(highest == 0, 1, highest)
+    values = gaussian_filter(histogram, recipe.sigma)
+    unit = values.max() / 255  # global: the highest bin cancels out
     if recipe.normalize == "quantile":
-        values = gaussian_filter(histogram, recipe.sigma)
         wide = gaussian_filter(histogram, np.divide(recipe.bins, 125))
-        values /= np.quantile(wide, 0.85) or values.max() / 255  # 0 if the file is nearly empty
-    else:
-        axis = 1 if recipe.normalize == "rt" else None
-        scale = histogram.max(axis=axis, keepdims=True)
-        values = gaussian_filter(histogram / np.where(scale == 0, 1, scale), recipe.sigma)
-        values = 255 * values / values.max()
+        unit = np.quantile(wide, 0.85) or unit  # 0 if the file is nearly empty
+    values /= unit
     values = np.log1p(values) / np.log(256)  # log, as most metabolites are weak
     levels = np.minimum(256 * values, 255).astype(np.uint8)
     return np.ascontiguousarray(levels.T[::-1])
@@ -249,7 +248,7 @@ def read_netcdf(path, polarities):
         with open_unpacked(path) as file:
             netcdf = netcdf_file(io.BytesIO(file.read()), maskandscale=True)
         names = "scan_index point_count scan_acquisition_time mass_values intensity_values".split()
-        columns = [np.asarray(netcdf.variables[name][:], float) for name in names]
+        columns = (np.asarray(netcdf.variables[name][:], float) for name in names)
         starts, counts, seconds, mz, intensity = columns
         starts[counts == 0] = 0  # an empty scan may point anywhere
         ends = starts + counts
@@ -288,8 +287,7 @@ def find_raw_files(folder):
             raise InputError(f"{folder}: {NO_RAW_FILE} (found: {found})")
         other = raw_files.setdefault(name[1], path)
         if other != path:
-            both = f"{other.name} and {path.name}"
-            raise InputError(f"{folder}: {both} are both sample '{name[1]}': keep one")
+            raise InputError(f"{path}: {other.name} is the same sample, '{name[1]}': keep one")
     return raw_files
 
 
@@ -340,10 +338,9 @@ def summarize_cohort(pictures, recipe):
     """Typical chromatogram (n_rt,) and {statistic: list} of training pictures (see find_pictures)."""
     chromatograms = [np.array(text.split(), float) for text in pictures["chromatogram"]]
     typical = np.mean(chromatograms, axis=0)
-    cohort = pictures[STATISTICS].astype(float).to_dict("list")
-    cohort["polarity"] = pictures["polarity"].tolist()
-    cohort["rt_shift"] = [measure_rt_shift(one, typical, recipe) for one in chromatograms]
-    return typical, cohort
+    shifts = [measure_rt_shift(one, typical, recipe) for one in chromatograms]
+    cohort = pictures[STATISTICS].astype(float).assign(polarity=pictures["polarity"], rt_shift=shifts)
+    return typical, cohort.to_dict("list")
 
 
 def find_anomalies(statistics, cohort, recipe, others="training runs"):
@@ -384,7 +381,8 @@ def find_pictures(data_dir, splits=None):
     if not (data_dir / "samples.csv").is_file():
         raise InputError(f"{data_dir}: no such data set (--data), or unfinished: run convert.py again")
     found = {split: sorted(data_dir.glob(f"{split}/[!.]*/[!.]*.png")) for split in splits or SPLITS}
-    saved = ("sample_name", "chromatogram", "digest", *STATISTICS, "polarity")
+    columns = ["path", "split", "phenotype", "sample_name", "chromatogram", "digest"]
+    columns += [*STATISTICS, "polarity", "copy"]
     rows, expected = [], None
     for split in splits or list(filter(found.get, SPLITS)) or SPLITS:
         if not found[split]:
@@ -393,10 +391,9 @@ def find_pictures(data_dir, splits=None):
             text, recipe = read_header(path)
             expected = expected or recipe
             check_recipe(recipe, expected, path)
-            row = {name: text.get(name, "") for name in saved}
             place = {"path": path, "split": split, "phenotype": path.parent.name}
-            rows.append(place | row | {"copy": text["shift"] != "0 0"})
-    table = pd.DataFrame(rows)
+            rows.append(text | place | {"copy": text["shift"] != "0 0"})
+    table = pd.DataFrame(rows, columns=columns)
     samples = read_table(data_dir / "samples.csv")
     check_pictures(table[~table["copy"]], samples, data_dir)
     samples = samples.drop(columns=table.columns.drop("sample_name"), errors="ignore")
@@ -424,7 +421,7 @@ def check_pictures(originals, samples, data_dir):
 def find_spellings(names):
     """Names of a column that differ from another only in capitals or in the form of an accent."""
     names = names.drop_duplicates()
-    folded = names.map(lambda name: unicodedata.normalize("NFC", name).casefold())
+    folded = names.str.normalize("NFC").str.casefold()
     return names[folded.duplicated(keep=False)]
 
 
@@ -499,7 +496,6 @@ def compute_metrics(labels, logits, threshold=0.5):
     predicted = np.eye(n_classes)[predict_classes(probabilities, threshold)]
     n_actual, n_predicted, n_correct = actual.sum(0), predicted.sum(0), (actual * predicted).sum(0)
     shown = [1] if n_classes == 2 else range(n_classes)
-    squared_error = ((probabilities - actual) ** 2).sum(1).mean()
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan
         return {
             "accuracy": n_correct.sum() / len(labels),
@@ -509,7 +505,7 @@ def compute_metrics(labels, logits, threshold=0.5):
             "precision": (n_correct / n_predicted)[shown].mean(),
             "recall": (n_correct / n_actual)[shown].mean(),
             "specificity": (1 - (n_predicted - n_correct) / (len(labels) - n_actual))[shown].mean(),
-            "brier": squared_error / 2 if n_classes == 2 else squared_error,
+            "brier": ((probabilities - actual) ** 2)[:, shown].sum(1).mean(),
         }
 
 
@@ -615,14 +611,13 @@ def write_table(path, table):
 
 def read_table(path, skiprows=0, **options):
     """DataFrame of text; commas, semicolons or tabs; titles cleaned. options: of pandas.read_csv."""
-    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"} | options
+    options = {"dtype": str, "keep_default_na": False} | options
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        skiprows += lines[skiprows].startswith("sep=")  # Excel's own first line
-        rest = "\n".join(lines[skiprows:])
-        header = re.match(r'("[^"]*"|[^"\n])*', rest)[0]  # a quoted title may contain a line break
+        text = Path(path).read_text(encoding="utf-8-sig").split("\n", skiprows)[skiprows]
+        text = re.sub(r"\Asep=.*\n", "", text)  # Excel's own first line
+        header = re.match(r'("[^"]*"|[^"\n])*', text)[0]  # a quoted title may contain a line break
         separator = max(",;\t", key=header.count)
-        table = pd.read_csv(path, sep=separator, skiprows=skiprows, **options)
+        table = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except (ValueError, IndexError, OSError) as error:  # ragged lines, no columns, not UTF-8
         raise InputError(f"{path}: cannot be read as a table ({first_line(error)})") from None
     if not table.index.equals(pd.RangeIndex(len(table))):  # pandas made row names of the first fields
