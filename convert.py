@@ -51,15 +51,13 @@ def convert(args):
     present = table.dropna(subset="path").set_index("sample_name", drop=False)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings["samples"] = (present["split"] + "/" + present["phenotype"]).to_dict()
-    axes, failures = read_axes(out_dir, settings), {}
-    if axes is None:
-        axes, failures = find_axes(present["path"], args)
+    axes = read_axes(out_dir, settings) or find_axes(present["path"], args)
     fields = {name: value for name, value in settings.items() if name in Recipe.__annotations__}
     recipe = Recipe(*axes, **fields | {"bins": tuple(args.bins)})
 
     for leftover in out_dir.glob("*/*/.*.tmp.png"):  # a killed command left it
         leftover.unlink()
-    statistics, tasks = {}, {}
+    statistics, tasks, failures = {}, {}, {}
     for row in present.itertuples():
         pngs = list_pngs(out_dir, row, args)
         pngs[0][0].parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +66,7 @@ def convert(args):
             if header.get("source_state") == read_file_state(row.path):
                 statistics[row.sample_name] = header
                 continue
-        if row.sample_name not in failures:
-            tasks[row.sample_name] = (row.path, pngs, recipe)
+        tasks[row.sample_name] = (row.path, pngs, recipe)
     gather({})  # every process has seen the same folder, before one writes
     if RANK == 0:
         write_json(out_dir / "settings.json", settings | {"axes": axes})
@@ -81,9 +78,10 @@ def convert(args):
         (out_dir / "settings.json").unlink(missing_ok=True)  # so that other settings can be tried
         raise InputError(f"no file became a picture; the first: {next(iter(failures.values()))}")
     if RANK == 0:
-        write_samples(out_dir, table, statistics, failures)
-        print(f"{len(statistics)} of {len(present)} files are pictures in {out_dir}: {recipe}")
-        print_summary(table, statistics, recipe)
+        found = pd.DataFrame.from_dict(statistics, orient="index")
+        write_samples(out_dir, table, found, failures)
+        print(f"{len(found)} of {len(present)} files are pictures in {out_dir}: {recipe}")
+        print_summary(table, found, recipe)
     gather({})
     return 1 if failures else 0
 
@@ -102,16 +100,14 @@ def read_axes(out_dir, settings):
 
 
 def find_axes(paths, args):
-    """[rt_min, rt_max, mz_min, mz_max], given or of all files, and {name: exception} of bad ones."""
+    """[rt_min, rt_max, mz_min, mz_max], given or of all files that can be read."""
     if args.rt_range and args.mz_range:
-        return [*args.rt_range, *args.mz_range], {}
+        return [*args.rt_range, *args.mz_range]
     tasks = {name: (path, args.min_intensity, args.only_polarity) for name, path in paths.items()}
-    found, failures = {}, {}
-    for name, result in for_each(read_statistics, tasks, args.workers, "finding axes").items():
-        (failures if isinstance(result, Exception) else found)[name] = result
-    if not found:
-        raise InputError(f"no file could be read; the first: {next(iter(failures.values()))}")
-    found = pd.DataFrame.from_dict(found, orient="index")
+    results = list(for_each(read_statistics, tasks, args.workers, "finding axes").values())
+    found = pd.DataFrame([result for result in results if isinstance(result, dict)])
+    if found.empty:
+        raise InputError(f"no file could be read; the first: {results[0]}")
     rt_range = args.rt_range or [found["rt_first"].min(), found["rt_last"].max()]
     mz_range = args.mz_range or [found["mz_low"].min(), found["mz_high"].max()]
     axes = []
@@ -119,7 +115,7 @@ def find_axes(paths, args):
         margin = 0.5 if low == high else 0  # one scan or one m/z: as numpy.histogram2d does
         axes += [float(low - margin), float(high + margin)]
     print("axes: {:.2f} to {:.2f} min, m/z {:.2f} to {:.2f}".format(*axes))
-    return axes, failures
+    return axes
 
 
 def read_statistics(path, min_intensity, polarity=""):
@@ -280,21 +276,12 @@ def read_file_state(path):
 def for_each(function, tasks, workers, title):
     """{name: result or exception} of function(*arguments) for each of {name: arguments}.
 
-    Under torchrun the processes take the tasks in turn. A worker that dies (a crash, no memory
-    left) breaks its pool. The unfinished tasks then run one by one, each in a pool of its own, so
-    that only the culprit fails.
+    Under torchrun the processes take the tasks in turn.
     """
     tasks = dict(list(tasks.items())[RANK::WORLD])
-    results = {}
-    with tqdm(total=len(tasks), desc=title, unit="file", disable=None if RANK == 0 else True) as bar:
-        for name, result in run_pool(function, tasks, workers):
-            results[name] = result
-            bar.update(not isinstance(result, BrokenProcessPool))
-        unfinished = [name for name in results if isinstance(results[name], BrokenProcessPool)]
-        for name in unfinished:
-            results |= run_pool(function, {name: tasks[name]}, 1)
-            bar.update()
-    return gather(results)
+    results = run_pool(function, tasks, workers)
+    hidden = None if RANK == 0 else True  # None: hidden unless on a terminal
+    return gather(dict(tqdm(results, title, len(tasks), unit="file", disable=hidden)))
 
 
 def gather(results):
@@ -312,14 +299,26 @@ def gather(results):
 
 
 def run_pool(function, tasks, workers):
+    """Yield (name, result or exception) of each task.
+
+    A worker that dies (a crash, no memory left) breaks its pool. The unfinished tasks then run one
+    by one, each in a pool of its own, so that only the culprit fails.
+    """
+    unfinished = {}
     context = get_context("spawn")  # a forked copy of a process with OpenMP threads can hang
     pool = ProcessPoolExecutor(workers, context, start_worker, (workers,))
     try:
         futures = {pool.submit(function, *arguments): name for name, arguments in tasks.items()}
         for future in as_completed(futures):
-            yield futures[future], future.exception() or future.result()
+            name, error = futures[future], future.exception()
+            if isinstance(error, BrokenProcessPool) and len(tasks) > 1:
+                unfinished[name] = tasks[name]
+            else:
+                yield name, error or future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+    for name, arguments in unfinished.items():
+        yield from run_pool(function, {name: arguments}, 1)
 
 
 def start_worker(workers):
@@ -332,23 +331,21 @@ def start_worker(workers):
 
 
 # ---------------------------------------------------------------- samples.csv and the summary
-def write_samples(out_dir, table, statistics, failures):
+def write_samples(out_dir, table, found, failures):
     """Write samples.csv, a row per sample with status and statistics; print which files failed."""
-    status = dict.fromkeys(statistics, "ok")
+    status = dict.fromkeys(found.index, "ok")
     for name, error in failures.items():
         reason = error if isinstance(error, InputError) else f"{name}: {type(error).__name__}: {error}"
         status[name] = f"failed: {reason}"
         print(f"left out: {reason}", file=sys.stderr)
     table["status"] = table["sample_name"].map(status).fillna("no file")
-    found = pd.DataFrame.from_dict(statistics, orient="index")
     found = found.reindex(columns=[*STATISTICS, "polarity", "start_time"]).dropna(axis=1, how="all")
     table = table.drop(columns=["path", *found], errors="ignore").join(found, on="sample_name")
     write_table(out_dir / "samples.csv", table)
 
 
-def print_summary(table, statistics, recipe):
+def print_summary(table, found, recipe):
     """Print the size of each split, and warn of files that may spoil a training."""
-    found = pd.DataFrame.from_dict(statistics, orient="index")
     found = found.astype(dict.fromkeys(STATISTICS, float))
     samples = table.set_index("sample_name").loc[found.index]
     print(pd.crosstab(samples["split"], samples["phenotype"]).to_string())
