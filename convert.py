@@ -360,7 +360,7 @@ def print_summary(table, found, recipe):
     for warning, is_so in warnings.items():
         if is_so.any():
             print(f"warning: {warning}: {first_few(found.index[is_so])}")
-    typical = found[STATISTICS].median().to_frame().T.assign(polarity=found["polarity"].mode())
+    typical = pd.DataFrame([found[STATISTICS].median()]).assign(polarity=found["polarity"].mode())
     anomalies = found.apply(find_anomalies, axis=1, args=(typical, recipe, "other files"))
     anomalies = anomalies[anomalies != ""]
     for name, anomaly in anomalies[:5].items():

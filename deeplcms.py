@@ -136,8 +136,8 @@ def make_histogram(path, recipe):
 def render_histogram(histogram, recipe):
     """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, m/z up.
 
-    quantile: divide by the 0.85 quantile of the histogram after a wide filter, and 255 times that is
-    the top level. A compound keeps its level whatever elutes beside it. The wide filter spreads peaks
+    quantile: divide by the 0.85 quantile of the histogram after a wide filter; 255 times that is the
+    top level. A compound keeps its level whatever elutes beside it. The wide filter spreads peaks
     over empty bins, so that weak noise hardly moves the quantile, however many bins it fills.
     The article divides by the highest bin of each retention time (rt) or of the file (global); its
     top level is the highest value of the picture.
@@ -320,16 +320,16 @@ def compute_chromatogram(picture):
 
 
 def measure_rt_shift(chromatogram, typical, recipe):
-    """Retention shift of a chromatogram (n_rt,) in minutes: positive if later, up to a tenth of the axis.
+    """Retention shift of a chromatogram (n_rt,) in minutes, positive if later.
 
-    It is the lag that correlates best with the middle of the typical chromatogram (n_rt,).
+    It is the lag, up to a tenth of the axis, that correlates best with the typical one (n_rt,).
     """
     n = len(chromatogram)
     max_lag = n // 10
     middle = typical[max_lag : n - max_lag]
+    middle = middle - middle.mean()  # centring one of the two is enough
     windows = np.lib.stride_tricks.sliding_window_view(chromatogram, len(middle))  # (lag, time)
-    windows = windows - windows.mean(axis=1, keepdims=True)  # centring one of the two is enough
-    correlation = windows @ middle / np.maximum(np.linalg.norm(windows, axis=1), 1e-12)
+    correlation = windows @ middle / np.maximum(windows.std(axis=1), 1e-12)
     correlation[max_lag] += 1e-6  # ties: prefer lag 0
     return float((correlation.argmax() - max_lag) * recipe.bin_size()[0])
 
