@@ -67,7 +67,7 @@ def convert(args):
                 statistics[row.sample_name] = header
                 continue
         tasks[row.sample_name] = (row.path, pngs, recipe)
-    gather({})  # every process has seen the same folder, before one writes
+    gather({})  # barrier: all processes list the folder before one writes
     if RANK == 0:
         write_json(out_dir / "settings.json", settings | {"axes": axes})
     if statistics:
@@ -119,7 +119,7 @@ def find_axes(paths, args):
 
 
 def read_statistics(path, min_intensity, polarity=""):
-    """The statistics of a raw file, its ranges among them; the single bin is not used."""
+    """Statistics of a raw file, with its ranges; its histogram of one bin is not used."""
     recipe = Recipe(0, 1, 0, 1, (1, 1), min_intensity=min_intensity, only_polarity=polarity)
     return make_histogram(path, recipe)[1]
 
@@ -139,7 +139,7 @@ def read_samples(args):
         if bad.any():
             row = bad.idxmax()
             raise InputError(f"{args.samples}, row {row + 2}: {column} {table[column][row]!r} cannot be used")
-    if table.get("status", pd.Series("other")).str.fullmatch("ok|no file|failed: .*").all():
+    if "status" in table and table["status"].str.fullmatch("ok|no file|failed: .*").all():
         table = table.drop(columns=list(WRITTEN), errors="ignore")  # convert.py wrote them
     if taken := RESERVED & set(table):
         raise InputError(f"{args.samples}: its column {first_few(taken)} would be lost: rename it")
@@ -156,7 +156,7 @@ def read_samples(args):
     if len(spellings):
         raise InputError(f"{args.samples}: one phenotype in two spellings: {first_few(spellings)}")
     table = table.assign(sample_name=names, path=names.map(raw_files))
-    if not table.get("group", table[group_by]).equals(table[group_by]):
+    if "group" in table and not table["group"].equals(table[group_by]):
         raise InputError(f"{args.samples}: its column group would be lost: rename it, or pass --group-by group")
     table["group"] = table[group_by]
 
@@ -166,7 +166,7 @@ def read_samples(args):
         print(f"samples without a file: {first_few(absent)}")
     if unknown := set(raw_files) - set(names):
         print(f"files without a sample: {first_few(unknown)}")
-    only_test = set(present.get("split", [])) == {"test"}  # another laboratory's cohort
+    only_test = set(present.get("split", [])) == {"test"}  # a cohort that is only for testing
     if present["phenotype"].nunique() < (1 if only_test else 2):
         raise InputError(f"{args.samples}: files of two phenotypes are needed; do names and files match?")
     if "split" not in table:
@@ -208,7 +208,7 @@ def apportion(sizes, fraction):
 
 
 def check_splits(table):
-    """Refuse splits that are misspelled, divide a group or lack a phenotype; all may be test, or none."""
+    """Refuse splits that are misspelled, divide a group or lack a phenotype; test may be all or empty."""
     if wrong := set(table["split"]) - set(SPLITS):
         raise InputError(f"the split column contains {first_few(wrong)}; use train, val or test")
     splits = table.groupby("group")["split"].nunique()
@@ -392,7 +392,7 @@ def parse_arguments(argv=None):
     add("--colormap", default="jet", choices=list(matplotlib.colormaps), metavar="NAME", help="matplotlib's name")
     add = parser.add_argument_group("shifted copies of training pictures").add_argument
     add("--augment", type=int, default=0, metavar="N", help="copies of each picture (article: 9)")
-    shift = "largest shift, like --bins (instruments drift in time: 5 0)"
+    shift = "largest shift: one number, or time and m/z (time only: 5 0)"
     add("--max-shift", type=int, nargs="+", default=[5], metavar="PIXELS", help=shift)
     add = parser.add_argument_group("split, for tables without a split column").add_argument
     add("--test", type=float, default=0.1, help="share of all samples for the test split")

@@ -29,8 +29,8 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 from scipy.stats import rankdata
 
-RANK, WORLD = 0, 1  # number of this process, and of all, under torchrun
-if "TORCHELASTIC_RUN_ID" in os.environ:  # a scheduler alone may set the other two
+RANK, WORLD = 0, 1  # under torchrun: number of this process, number of processes
+if "TORCHELASTIC_RUN_ID" in os.environ:  # some schedulers set the two below without it
     RANK = int(os.environ["RANK"])
     WORLD = int(os.environ["WORLD_SIZE"])
 SPLITS = ("train", "val", "test")
@@ -94,7 +94,7 @@ def make_picture(path, recipe):
         peaks = "{rt_first:.2f}-{rt_last:.2f} min, m/z {mz_low:.2f}-{mz_high:.2f}".format(**statistics)
         raise InputError(f"{path.name}: no peak inside the axes, {axes}; its peaks: {peaks}")
     picture = render_histogram(histogram, recipe)
-    if picture.shape != recipe.bins[::-1]:  # in a fork: positions in minutes and m/z would be wrong
+    if picture.shape != recipe.bins[::-1]:  # a fork's other shape would give wrong minutes and m/z
         raise InputError(f"a picture has the shape {picture.shape}, and its recipe has bins {recipe.bins}")
     return picture, statistics
 
@@ -136,8 +136,8 @@ def make_histogram(path, recipe):
 def render_histogram(histogram, recipe):
     """Histogram (n_rt, n_mz) -> picture uint8 (n_mz, n_rt): log intensity in 256 levels, m/z up.
 
-    quantile: divide by the 0.85 quantile of the histogram after a wide filter; 255 times that is the
-    top level. A compound keeps its level whatever elutes beside it. The wide filter spreads peaks
+    quantile: divide by the 0.85 quantile of the histogram after a wide filter; 255 such quantiles are
+    the top level. A compound keeps its level whatever elutes beside it. The wide filter spreads peaks
     over empty bins, so that weak noise hardly moves the quantile, however many bins it fills.
     The article divides by the highest bin of each retention time (rt) or of the file (global); its
     top level is the highest value of the picture.
@@ -177,7 +177,8 @@ def read_raw(path, min_intensity=0.0, only_polarity=""):
     if size == 0:
         raise InputError(f"{path.name}: is empty (zero bytes)")
     read = read_netcdf if name[2].lower() == "cdf" else read_openms
-    metadata, all_scans = read(path, POLARITY.get(only_polarity, "+-"))
+    polarities = {"", *POLARITY.get(only_polarity, "+-")}  # "": unknown
+    metadata, all_scans = read(path, polarities)
 
     def scans():
         for rt, mz, intensity in all_scans:
@@ -197,7 +198,7 @@ def read_openms(path, polarities):
         mode = settings.getScanMode().name
         polarity = POLARITY.get(settings.getPolarity().name.lower(), "")
         if mode in ("EMR", "ABSORPTION", "EMISSION") or polarity not in polarities:
-            continue  # UV/Vis, or the other polarity; "" (unknown) is in every string
+            continue  # UV/Vis, or the other polarity
         kept.append(i)
         found.add(polarity)
         # Full scans, SIM, BoxCar, lock mass and MSe differ in these; frames of ion mobility do not.
@@ -209,7 +210,7 @@ def read_openms(path, polarities):
     if found >= {"+", "-"}:
         way = 'choose with convert.py --polarity, or with msconvert --filter "polarity positive"'
         raise InputError(f"{path.name}: has positive and negative scans; {way}")
-    recurring = sum(n > 1 for n in kinds.values())  # scan windows may follow the data
+    recurring = sum(n > 1 for n in kinds.values())  # a window seen once follows the data
     metadata = {"polarity": "".join(found), "n_scans": len(kept), "scan_kinds": max(recurring, 1)}
     if experiment.getDateTime().isValid():
         metadata["start_time"] = experiment.getDateTime().get()  # YYYY-MM-DD hh:mm:ss
@@ -302,7 +303,7 @@ def list_files(paths):
 
 # ---------------------------------------------------------------- how raw files differ
 def slow_waves(at):
-    """Waves (6, n) at positions (n,), 0 to 1, of an axis: instruments drift smoothly along it.
+    """Smooth waves (6, n) at positions (n,), 0 to 1, of an axis, to imitate instrument drift.
 
     For six random numbers c of standard deviation s, c @ waves is a smooth random curve of standard
     deviation s everywhere: sin^2 + cos^2 = 1, and pair k has the weight 1 / k.
@@ -343,7 +344,7 @@ def summarize_cohort(pictures, recipe):
     return typical, cohort.to_dict("list")
 
 
-def find_anomalies(statistics, cohort, recipe, others="training runs"):
+def find_anomalies(statistics, cohort, recipe, others="training files"):
     """One line on statistics far outside the 5-95 % range of a cohort ({statistic: list}), or "".
 
     The margins are wide, as a small cohort of one batch varies less than instruments do.
@@ -380,19 +381,21 @@ def find_pictures(data_dir, splits=None):
     data_dir = Path(data_dir)
     if not (data_dir / "samples.csv").is_file():
         raise InputError(f"{data_dir}: no such data set (--data), or unfinished: run convert.py again")
-    found = {split: sorted(data_dir.glob(f"{split}/[!.]*/[!.]*.png")) for split in splits or SPLITS}
     columns = ["path", "split", "phenotype", "sample_name", "chromatogram", "digest"]
     columns += [*STATISTICS, "polarity", "copy"]
     rows, expected = [], None
-    for split in splits or list(filter(found.get, SPLITS)) or SPLITS:
-        if not found[split]:
+    for split in splits or SPLITS:
+        paths = sorted(data_dir.glob(f"{split}/[!.]*/[!.]*.png"))
+        if splits and not paths:
             raise InputError(f"{data_dir}: no pictures in {split}/<phenotype>/*.png")
-        for path in found[split]:
+        for path in paths:
             text, recipe = read_header(path)
             expected = expected or recipe
             check_recipe(recipe, expected, path)
             place = {"path": path, "split": split, "phenotype": path.parent.name}
             rows.append(text | place | {"copy": text["shift"] != "0 0"})
+    if not rows:
+        raise InputError(f"{data_dir}: no pictures in train, val or test/<phenotype>/*.png")
     table = pd.DataFrame(rows, columns=columns)
     samples = read_table(data_dir / "samples.csv")
     check_pictures(table[~table["copy"]], samples, data_dir)
@@ -426,7 +429,7 @@ def find_spellings(names):
 
 
 def digest_pictures(pictures, recipe):
-    """Identity of a data set: a number from its pictures, names and labels, on any path and system."""
+    """Number that identifies a data set by pictures, names and labels, on any path or system."""
     rows = pictures[["sample_name", "phenotype", "split", "group", "digest"]].agg("\t".join, axis=1)
     return zlib.crc32("\n".join([repr(recipe), *sorted(rows)]).encode())
 
@@ -435,14 +438,15 @@ def check_recipe(recipe, expected, path):
     """Refuse a picture of other settings: on other axes the same pixel is another compound."""
     if differing := first_difference(vars(recipe), vars(expected)):
         difference = "{} is {}, not {}".format(*differing)
-        raise InputError(f"{path}: another kind of picture than the others or the run's: {difference}")
+        raise InputError(f"{path}: its recipe is not that of the others or of the run: {difference}")
 
 
 def read_header(path):
     """(text chunks, Recipe) of a PNG made by convert.py; its pixels are not read."""
     with open_png(path) as image:
         recipe = Recipe.from_text(image.info)
-        if image.mode != "P" or image.size != recipe.bins or not {"chromatogram", "digest"} <= set(image.info):
+        needed = {"chromatogram", "digest", "shift", *STATISTICS}
+        if image.mode != "P" or image.size != recipe.bins or not needed <= set(image.info):
             raise ValueError("its pixels or text do not match its recipe")
         return image.info, recipe
 
@@ -470,7 +474,7 @@ def make_labels(pictures, classes):
 
 
 def to_probabilities(logits):
-    """Logits of class 1 (N, 1), or logits or log p of each class (N, K) -> probabilities (N, 2 or K)."""
+    """Logits (N, 1) of class 1, or logits or log p (N, K) of each -> probabilities (N, 2 or K)."""
     logits = np.asarray(logits, float)
     if logits.shape[1] == 1:
         logits = np.hstack([np.zeros_like(logits), logits])
@@ -487,25 +491,25 @@ def predict_classes(probabilities, threshold=0.5):
 def compute_metrics(labels, logits, threshold=0.5):
     """{metric: value} of labels (N,) and logits (N, 1 or K); nan if undefined.
 
-    Two classes: for class 1; more: means. A name here is a column of epochs.csv and a row of every
-    table; the first three are shown during training.
+    They are those of class 1 of two classes, else the mean. A name here is a column of epochs.csv
+    and comparison.csv, and a row of metrics.json; the first three are shown during training.
     """
     probabilities = to_probabilities(logits)
     n_classes = probabilities.shape[1]
     actual = np.eye(n_classes)[labels]  # one-hot (N, K)
     predicted = np.eye(n_classes)[predict_classes(probabilities, threshold)]
     n_actual, n_predicted, n_correct = actual.sum(0), predicted.sum(0), (actual * predicted).sum(0)
-    shown = [1] if n_classes == 2 else range(n_classes)
+    scored = [1] if n_classes == 2 else range(n_classes)
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan
         return {
             "accuracy": n_correct.sum() / len(labels),
-            "f1": (2 * n_correct / (n_actual + n_predicted))[shown].mean(),
-            "roc_auc": np.mean([roc_auc(labels == k, probabilities[:, k]) for k in shown]),
+            "f1": (2 * n_correct / (n_actual + n_predicted))[scored].mean(),
+            "roc_auc": np.mean([roc_auc(labels == k, probabilities[:, k]) for k in scored]),
             "balanced_accuracy": (n_correct / n_actual).mean(),
-            "precision": (n_correct / n_predicted)[shown].mean(),
-            "recall": (n_correct / n_actual)[shown].mean(),
-            "specificity": (1 - (n_predicted - n_correct) / (len(labels) - n_actual))[shown].mean(),
-            "brier": ((probabilities - actual) ** 2)[:, shown].sum(1).mean(),
+            "precision": (n_correct / n_predicted)[scored].mean(),
+            "recall": (n_correct / n_actual)[scored].mean(),
+            "specificity": (1 - (n_predicted - n_correct) / (len(labels) - n_actual))[scored].mean(),
+            "brier": ((probabilities - actual) ** 2)[:, scored].sum(1).mean(),
         }
 
 
@@ -539,7 +543,7 @@ def run_script(main):
     try:
         sys.exit(main())
     except (InputError, OSError) as error:
-        reason = str(error).rpartition("InputError: ")[2].strip()  # after a loader's traceback
+        reason = str(error).rpartition("InputError: ")[2].strip()  # a DataLoader adds a traceback
         time.sleep(3 if RANK > 0 else 0)  # if process 0 has the same error, it prints and ends this one
         sys.exit(f"{script}: {reason}")
     except KeyboardInterrupt:
@@ -559,8 +563,8 @@ def cores():
     return max(1, n // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def share(text):
-    """Type of a flag that is a share or a probability, 0 to 1."""
+def probability(text):
+    """Type of a flag that is a probability, 0 to 1."""
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return float(text)
@@ -610,7 +614,7 @@ def write_table(path, table):
 
 
 def read_table(path, skiprows=0, **options):
-    """DataFrame of text; commas, semicolons or tabs; titles cleaned. options: of pandas.read_csv."""
+    """A CSV (comma, semicolon or tab) as text, titles cleaned; options go to pandas.read_csv."""
     options = {"dtype": str, "keep_default_na": False} | options
     try:
         text = Path(path).read_text(encoding="utf-8-sig").split("\n", skiprows)[skiprows]
@@ -625,7 +629,7 @@ def read_table(path, skiprows=0, **options):
     titles = table.columns.map(clean_title)
     if titles.has_duplicates:
         same = first_few(table.columns[titles.duplicated(keep=False)])
-        raise InputError(f"{path}: two columns mean the same: {same}")
+        raise InputError(f"{path}: titles become the same: {same}")
     return table.set_axis(titles, axis=1)
 
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from deeplcms import RAW_FILE, SPLITS, Help, InputError, check_recipe, colours, compute_chromatogram
 from deeplcms import compute_metrics, digest_pictures, find_anomalies, find_pictures, first_few
 from deeplcms import first_line, list_files, make_labels, make_picture, measure_rt_shift
-from deeplcms import predict_classes, read_header, read_json, read_picture, roc_auc, run_script
-from deeplcms import share, summarize_cohort, to_probabilities, write_json, write_table, write_text
+from deeplcms import predict_classes, probability, read_header, read_json, read_picture, roc_auc
+from deeplcms import run_script, summarize_cohort, to_probabilities, write_json, write_table, write_text
 from train import figure, find_kept_epoch, find_run, find_runs, load_run, make_inputs, predict
 from train import progress, score_epoch, split_metrics
 
@@ -38,16 +38,16 @@ NUMBERS = {"float_format": "{:.3f}".format, "na_rep": "undefined"}  # in printed
 # Columns of find_pictures that identify a picture or give its class: they are no confounders.
 NO_CONFOUNDERS = "path split phenotype sample_name copy chromatogram digest group status".split()
 # Headings of comparison.md
-ALL_RUNS = """Runs, sorted by `judged`, then by val_loss. "out of fold": weights that were not fitted to a
-picture predict it. "validation": the pictures may have chosen the epoch, so val_ is too good."""
+ALL_RUNS = """Runs, sorted by `judged`, then by val_loss. "out of fold": a picture is predicted by
+weights fitted without it. "validation": the epoch may suit these pictures, so val_ is too good."""
 ALL_FOLDS = "Held-out pictures of all folds. Folds differ in calibration, so distrust their AUC."
 P_VALUES = """Kruskal-Wallis test of all groups, then Dunn's test of each pair, adjusted within each
-metric (Benjamini and Hochberg). The runs share their people: p says nothing about new people."""
+metric (Benjamini and Hochberg). All runs have the same people: p holds for these only."""
 
 
 # ---------------------------------------------------------------- one run, or an ensemble
-def evaluate(runs, home, args):
-    """Evaluate a run, or an ensemble, on one split; write to --out, `home` or a folder in it."""
+def evaluate(runs, base, args):
+    """Evaluate a run, or an ensemble, on one split; write to --out, or `base` or a folder in it."""
     models, checkpoints = load_ensemble(runs)
     recipe = checkpoints[0]["recipe"]
     config = checkpoints[0]["config"]
@@ -91,7 +91,7 @@ def evaluate(runs, home, args):
     fitted = everything.query("split != 'test'")
     if digest_pictures(fitted, recipe) != config["settings"]["pictures"]:  # another data set
         name = f"{Path(data).resolve().name}-{digest_pictures(table, recipe):08x}-{args.split}"
-    folder = Path(args.out or home / name)
+    folder = Path(args.out or base / name)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", result)
     write_table(folder / "predictions.csv", predictions)
@@ -112,7 +112,7 @@ def report_confounders(everything, recipe):
         print(f"not tested: {name} ({reason})")
     for name in flagged:
         print(f"warning: {name} separates the phenotypes; the classifier may have learned {name}")
-    return {"confounders": table.to_dict("index"), "flagged": flagged, "not_looked_at": not_tested}
+    return {"confounders": table.to_dict("index"), "flagged": flagged, "not_tested": not_tested}
 
 
 def load_ensemble(runs):
@@ -402,19 +402,19 @@ def compute_intervals(labels, logits, groups, threshold=0.5):
     has_class = pd.crosstab(groups, labels) > 0  # (group, class)
     if has_class.shape[1] < probabilities.shape[1] or has_class.sum().min() < MIN_GROUPS:
         return table
-    members = pd.Series(labels).groupby(groups).indices  # {group: its pictures}
+    pictures_of = pd.Series(labels).groupby(groups).indices  # {group: its pictures}
     strata = has_class.groupby([*has_class])  # groups with the same classes
     rng = np.random.default_rng(SEED)
     resamples = []
     for _ in progress(range(RESAMPLES), "bootstrap"):
         drawn = strata.sample(frac=1, replace=True, random_state=rng)
-        i = np.concatenate([members[group] for group in drawn.index])
+        i = np.concatenate([pictures_of[group] for group in drawn.index])
         resamples.append(compute_metrics(labels[i], logits[i], threshold))
     # A metric that is often undefined has no interval either.
     resamples = pd.DataFrame(resamples).dropna(axis=1, thresh=0.95 * RESAMPLES)
     limits = resamples.quantile([0.025, 0.975]).T
     table[["low", "high"]] = limits[limits[0.025] < limits[0.975]]
-    if len(members) == len(labels):
+    if len(pictures_of) == len(labels):
         predicted = predict_classes(probabilities, threshold)
         correct = predicted == labels
         hits = {"accuracy": correct}
@@ -436,10 +436,10 @@ def wilson(hits):
 def find_confounders(table):
     """How well does each other column alone separate the phenotypes? (table, {column: why not tested}).
 
-    Each value is a part of the cohort; more than twelve numbers or dates make five parts. auc: the score
-    of a picture is the share of a phenotype in its part; the phenotype separated best counts, so chance
-    gives more than 0.5. q: chi-squared test, for numbers also Kruskal-Wallis (lower p, doubled), after
-    Benjamini and Hochberg. More names than groups (people) of the rarest phenotype are not tested.
+    Pictures with one value form a part; more than twelve numbers or dates form five parts. auc: the score
+    of a picture is the share of a phenotype in its part. The best phenotype counts, so chance exceeds 0.5.
+    q: Benjamini-Hochberg p of the chi-squared test; for numbers twice the lower of it and Kruskal-Wallis.
+    Not tested: a column with more names than the rarest phenotype has groups (people).
     """
     rows, not_tested = {}, {}
     table = table.drop_duplicates(["group", "phenotype"])  # a person counts once
@@ -454,7 +454,7 @@ def find_confounders(table):
         if min(counts.shape) < 2:
             continue  # one value, or known for one phenotype only
         if not is_number and len(counts) > counts.sum().min():
-            not_tested[name] = f"{len(counts)} names in {len(values)} runs"
+            not_tested[name] = f"{len(counts)} names, {len(values)} groups"
             continue
         shares = pd.crosstab(parts, phenotype, normalize="index")  # (part, phenotype)
         auc = max(roc_auc(phenotype == k, parts.map(shares[k])) for k in shares)
@@ -544,8 +544,8 @@ def draw_calibration(ax, predictions, shown):
 
 
 def draw_prediction_matrix(path, title, predictions, pictures, recipe):
-    """Article, Figure 5: nine pictures, phenotypes in turn; green is right."""
-    looks = {"yes": ("#1a8a3a", "right"), "no": ("#d62728", "wrong")}
+    """Article, Figure 5: nine pictures, phenotypes in turn; green is correct."""
+    looks = {"yes": ("#1a8a3a", "correct"), "no": ("#d62728", "wrong")}
     with figure(path, title, (10, 10.5), nrows=3, ncols=3, sharex=True, sharey=True) as axes:
         for axis, (i, row) in zip(axes.flat, pick_in_turn(predictions, 9).iterrows(), strict=False):
             colour, word = looks[row["correct"]]
@@ -561,8 +561,8 @@ def draw_prediction_matrix(path, title, predictions, pictures, recipe):
 def pick_in_turn(table, n):
     """n rows for a figure, drawn at random, phenotypes in turn."""
     drawn = table.sample(frac=1, random_state=SEED)
-    turn = drawn.groupby("phenotype").cumcount()
-    return drawn.loc[turn.sort_values(kind="stable").index].head(n)
+    position = drawn.groupby("phenotype").cumcount()
+    return drawn.loc[position.sort_values(kind="stable").index].head(n)
 
 
 def show(axis, map_, recipe, **options):
@@ -591,7 +591,7 @@ def main():
     add = parser.add_argument_group("one run, or an ensemble").add_argument
     add("--data", metavar="DIR", help="another data set, or the new place of the run's own")
     add("--split", choices=SPLITS, default="test", help="pictures to evaluate on")
-    add("--threshold", type=share, default=0.5, metavar="P", help="lowest that predicts class 1")
+    add("--threshold", type=probability, default=0.5, metavar="P", help="predict class 1 from P up")
     add("--predict", nargs="+", metavar="FILE", help="new raw files, or folders; RUNs are an ensemble")
     args = parser.parse_args()
 
@@ -609,7 +609,7 @@ def main():
     if args.ensemble:
         return evaluate(runs, Path(common) / "ensemble", args)
     if args.data or args.split != "test" or args.threshold != 0.5:
-        parser.error(f"--data, --split and --threshold: of one run, or --ensemble, not of {len(runs)} runs")
+        parser.error(f"--data, --split and --threshold need one run or --ensemble, not {len(runs)} runs")
     return compare(runs, Path(args.out or common))
 
 

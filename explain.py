@@ -8,8 +8,9 @@ Article, "Explaining the model" (Figures 6-8, Table 3).
     python explain.py --input pooled.mzML new_run.mzML.gz
 
 cam_grid.png shows class activation maps (CAM, by LayerCAM) of a few pictures: roughly where the
-predicted probability comes from, and other bright spots. If there is a list of features, evidence
-ranks them in features.csv; overlay.png draws them; inclusion.csv is a mass list for an Orbitrap.
+predicted probability comes from; some bright spots mean nothing. If there is a list of features,
+evidence ranks them in features.csv; overlay.png draws them; inclusion.csv is a mass list for an
+Orbitrap.
 
 Evidence is the partial correlation, across samples, of local intensity and predicted probability.
 The first two principal components of the pictures (batches, retention shifts) are projected out.
@@ -18,8 +19,8 @@ t (Welch's test) compares the true phenotypes at a feature, and t_q is its adjus
 
 Neither proves a cause: a network needs only some of the compounds that differ, and it cannot tell
 neighbours apart (in_box counts them). It has memorised the training pictures, so their evidence
-resembles t; --split test uses unseen pictures only. The network computes its predictions from the
-intensities, so a few correlate in any case. Therefore inclusion.csv needs q and t_q below 0.05.
+resembles t; --split test uses unseen pictures only. Predictions are computed from the intensities,
+so a few of these have a low q anyway. Therefore inclusion.csv needs q and t_q below 0.05.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def explain(args):
         cams = list(make_cams([pictures[i] for i in shown.index]))
         place = ", ".join(layers).replace("taps.0", "the finest map of the head")
         draw_cam_grid(out / "cam_grid.png", shown, pictures, cams, recipe, f"LayerCAM at {place}; {title}")
-    except InputError as error:  # the ranking needs no CAM
+    except InputError as error:  # a CAM is needed if it was asked for, or if nothing else is made
         if args.layers or (layers and features is None):
             raise
         print(f"no cam_grid.png: {error}")
@@ -100,25 +101,25 @@ def explain(args):
 
 
 def rank_by_evidence(features, table, pictures, recipe, tolerance, make_cams):
-    """Features ranked by evidence, or else by the mean CAM, and that map (height, width)."""
+    """(features ranked by evidence, or else by the mean CAM; that map (height, width))"""
     samples = table.groupby(["group", "phenotype"])  # repeated injections are one sample: their mean
     p, in_class = samples[["probability", "in_class"]].mean().to_numpy().T
     intensities = np.empty((len(p), pictures[0].size), np.float16)
     for i, (_, injections) in enumerate(progress(samples, "evidence")):
         local = [local_intensity(pictures[j], recipe, tolerance) for j in injections.index]
         intensities[i] = np.mean(local, axis=0).ravel()
-    measured = look_up(intensities, features, recipe).astype(float)
+    measured = look_up_values(intensities, features, recipe).astype(float)
     tests = compare_phenotypes(measured, in_class)
     if len(p) >= MIN_GROUPS and np.ptp(p) > 0:
         components = find_common_components(intensities, p)
         evidence = compute_evidence(intensities, p, components)
-        at_features = look_up(evidence, features, recipe)
+        at_features = look_up_values(evidence, features, recipe)
         n_free = len(p) - 2 - components.shape[1]
         tests = tests.join(compute_evidence_p(at_features, n_free))
     else:
         print(f"equal probabilities or fewer than {MIN_GROUPS} samples: mean CAM replaces evidence")
         evidence = sum(make_cams(pictures)).ravel() / len(pictures)
-        at_features = look_up(evidence, features, recipe)
+        at_features = look_up_values(evidence, features, recipe)
     half_box = [tolerance, 2 * max(recipe.sigma, 1) * recipe.bin_size()[1]]
     ranking = rank_features(features, at_features, tests, half_box)
     return ranking, evidence.reshape(pictures[0].shape)
@@ -137,7 +138,7 @@ def choose_layers(model, names=None):
         return [f"backbone.{name}" for name in names]
     if not model.map_indices:
         return []  # the head sees the picture alone
-    # The last map is off by up to 7 % of the axis. The last layer of stride 4 replaces it.
+    # The last map's CAM is misplaced by up to 7 % of the axis: use the last layer of stride 4.
     if model.map_indices[0] == len(stages) - 1:
         stride = max(4, stages[0]["reduction"])
         name = [stage["module"] for stage in stages if stage["reduction"] <= stride][-1]
@@ -211,10 +212,10 @@ def compute_evidence(intensities, p, components):
     return np.concatenate(evidence)
 
 
-def find_common_components(intensities, p, most=0.1):
+def find_common_components(intensities, p, limit=0.1):
     """First two principal components of intensities (N, P), as unit vectors (N, 2 or fewer).
 
-    They are batches or retention shifts (Price et al. 2006). One that explains `most` or more of the
+    They are batches or retention shifts (Price et al. 2006). One that explains `limit` or more of the
     variance of the predicted probabilities p (N,) is the class itself and is left out.
     """
     gram = np.zeros((len(p), len(p)))
@@ -224,7 +225,7 @@ def find_common_components(intensities, p, most=0.1):
     p = p - p.mean()
     _, components = eigsh(gram, k=2, v0=p)  # a fixed start gives the same digits in every run
     explained = (components.T @ p) ** 2 / (p @ p)
-    return components[:, explained < most]
+    return components[:, explained < limit]
 
 
 def project_out(x, components):
@@ -318,7 +319,7 @@ def find_column(kind, titles):
             return title
 
 
-def look_up(maps, table, recipe):
+def look_up_values(maps, table, recipe):
     """Values (..., F) of maps (..., height * width) at each feature."""
     width, height = recipe.bins
     x, y = recipe.to_fraction(table["rt"], table["mz"])
@@ -404,7 +405,8 @@ def main():
     add = parser.add_argument_group("features").add_argument
     add("--features", metavar="CSV", help="MS-DIAL export or rt (minutes), mz, name (default: the data's features.csv)")
     add("--query", help="pandas query on the cleaned titles, such as '460 < average_mz < 500'")
-    add("--rt-tolerance", type=float, default=0.3, metavar="MINUTES", help="retention tolerance, half a box wide")
+    tolerance = "retention tolerance, half the width of a box"
+    add("--rt-tolerance", type=float, default=0.3, metavar="MINUTES", help=tolerance)
     args = parser.parse_args()
     if not 0 <= args.rt_tolerance < math.inf:
         parser.error("--rt-tolerance must be a number of minutes, 0 or more")

@@ -12,8 +12,8 @@ learning", "Hyperparameter optimisation" and "Evaluating the final model".
     torchrun --nproc-per-node 4 train.py --backbone convnext_large --data data/golestan --finetune all
 
 Rerun the same command to resume. Changed settings need another --out or --name. Under torchrun, W
-processes with batch size B equal one with W x B, apart from batch norms' statistics, and share the
-extraction of features.
+processes with batch size B train as one with W x B, apart from batch norms' statistics. They share
+the extraction of features.
 """
 
 import argparse
@@ -108,7 +108,7 @@ L2 = 1e-6  # weight of the L2 penalty of logistic regression
 HEAD_FOLDS = 5  # folds of its cross-validation
 CACHED_VIEWS = 1000  # --views auto: about this many in total, 1 to 16 per picture
 VIEWS_SEED = 2643  # not --seed: repeats, folds and trials share the cached views
-STATISTICS_FROM = 200  # training pictures that give batch norms of averaged weights their statistics
+STATISTICS_FROM = 200  # training pictures for the batch norms of averaged weights
 SEARCH = {"optimizer": list(OPTIMIZERS), "scheduler": list(SCHEDULERS)}  # flags that --tune combines
 # Flags that do not affect training. All other flags, also new ones, are settings of the run.
 NOT_SETTINGS = ("params", "repeats", "tune", "storage", "workers", "data", "name", "out", "demo")
@@ -145,7 +145,7 @@ def fit(model, loaders, settings, run=None, on_epoch=lambda row: None):
         lr = find_lr(model, loaders, settings, run)
     to_the_end = settings.patience >= settings.epochs
     if to_the_end:
-        say(f"all {settings.epochs} epochs are trained and the last is kept (a lower --patience: the best)")
+        say(f"trains all {settings.epochs} epochs and keeps the last (a lower --patience keeps the best)")
 
     network = distribute(model)
     window = max(3, settings.epochs // 10)
@@ -159,7 +159,7 @@ def fit(model, loaders, settings, run=None, on_epoch=lambda row: None):
         averaged.n_averaged.fill_(len(history))
         for name, part in states.items():
             part.load_state_dict(last[name])
-    clean = list(loaders.get("statistics", []))
+    unaugmented = list(loaders.get("statistics", []))
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
         if history:
@@ -177,9 +177,9 @@ def fit(model, loaders, settings, run=None, on_epoch=lambda row: None):
             outputs.append(train_step(network, optimizer, scaler, x, y, settings))
 
         averaged.update_parameters(model)
-        if clean:  # an average of batch norms' statistics does not fit averaged weights
+        if unaugmented:  # averaged weights need batch norms' statistics of their own
             with autocast(settings):
-                update_bn(clean, averaged.module, DEVICE)
+                update_bn(unaugmented, averaged.module, DEVICE)
         row = {"epoch": epoch, **split_metrics("train", *collect(outputs))}
         row |= split_metrics("val", *collect(predict(averaged.module, loaders["val"])))
         row["kept"] = to_the_end or not history or score_epoch(row) < score_epoch(find_kept_epoch(history))
@@ -306,9 +306,9 @@ def make_loaders(model, table, recipe, settings, cache=None):
     val_table = table[table["split"] == "val"]
     plain = to_input(model, recipe)
     if cache:
-        views, labels, clean, _ = look_up(cache, train_table)
+        (views, labels), (clean, _) = look_up_features(cache, train_table)
         train = TensorDataset(views.flatten(0, 1), labels)
-        val = TensorDataset(*look_up(cache, val_table)[2:])
+        val = TensorDataset(*look_up_features(cache, val_table)[1])
     else:
         train = Pictures(train_table, training_transform(model, recipe, settings))
         val = Pictures(val_table, plain)
@@ -320,10 +320,10 @@ def make_loaders(model, table, recipe, settings, cache=None):
     size = settings.batch_size
     options = {"num_workers": 0 if cache else settings.workers, "pin_memory": CUDA}
     sampler = DistributedSampler(train, WORLD, RANK, seed=settings.seed)
-    single = len(sampler) % size == 1  # is the last batch one picture? It has no batch statistics
+    last_is_single = len(sampler) % size == 1  # one picture has no batch statistics
     every_nth = range(RANK, len(val), WORLD)
     loaders = {
-        "train": DataLoader(train, size, sampler=sampler, drop_last=single, **options),
+        "train": DataLoader(train, size, sampler=sampler, drop_last=last_is_single, **options),
         "val": DataLoader(val, max(size, 32), sampler=every_nth, **options),
     }
     if not model.frozen:
@@ -363,7 +363,8 @@ def cache_features(model, table, recipe, settings):
     """
     names = ["pictures", "backbone", "weights", "scales", "image_size", "views"]
     names += AUGMENTATION[settings.augmentation]
-    names += ["seed"] * (settings.weights == "random initialisation")
+    if settings.weights == "random initialisation":
+        names.append("seed")
     key = [getattr(settings, name) for name in names]
     if CACHE.get("key") == key:
         return CACHE
@@ -397,13 +398,13 @@ def extract_features(model, datasets, settings):
     return features
 
 
-def look_up(cache, table):
-    """Cached features of a table: (views (K, N, F), labels (K * N,), clean (n, F), labels (n,))."""
+def look_up_features(cache, table):
+    """Cached features of a table: (views (K, N, F), labels (K * N,)), (clean (n, F), labels (n,))."""
     originals = table[~table["copy"]]
     views = cache["views"][:, list(table.index)]  # the index counts all pictures of the command
     clean = cache["clean"][list(originals.index)]
     labels = torch.tensor(list(table["label"])).repeat(len(views))
-    return views, labels, clean, torch.tensor(list(originals["label"]))
+    return (views, labels), (clean, torch.tensor(list(originals["label"])))
 
 
 def to_input(model, recipe, jitter=0):
@@ -435,7 +436,7 @@ def training_transform(model, recipe, settings):
 def augment(picture, settings):
     """A random view of a picture, uint8 (H, W): as if the sample had been measured on another day.
 
-    It changes log intensity: erased and uncovered bins mean "nothing measured" in any colormap.
+    It works before the colormap, so that erased and uncovered bins have zero intensity.
     """
     x = torch.from_numpy(picture)[None] / 255  # (1, H, W) log intensity, 0 ... 1
     if settings.warp:
@@ -461,7 +462,7 @@ def warp_retention(x, deviation):
 
 
 def vary_sensitivity(x, deviation):
-    """Apply a smooth gain along m/z to log intensity (1, H, W); deviation: of the gain's logarithm."""
+    """Apply a smooth gain along m/z to log intensity (1, H, W); deviation: that of the gain's logarithm."""
     gain = draw_wave(x.shape[1], deviation).exp()[:, None]
     intensity = torch.exp2(8 * x) - 1  # 256 ** x
     return (torch.log1p(gain * intensity) / math.log(256)).clamp(max=1)
@@ -560,7 +561,7 @@ class Classifier(nn.Module):
         self.standardize.running_var.copy_(torch.cat(parts))
 
     def head_inputs(self, x):
-        """Features (N, F), standardised, every scale with the same weight, of expected norm 1.
+        """Features (N, F), standardised; scales have equal weights; the expected squared norm is 1.
 
         One learning rate or L2 penalty then suits heads of 100 and of 100,000 inputs.
         """
@@ -576,8 +577,8 @@ class Classifier(nn.Module):
 def parse_scales(scales, default, strides, backbone):
     """["STRIDE:GRID"] -> [(stride, cells in retention time, cells in m/z)] by stride.
 
-    A grid is N (N x N cells) or TIMExMZ; "last" is the stride of the last map. In the default the
-    nearest stride replaces one that the backbone lacks.
+    A grid is N (N x N cells) or TIMExMZ; "last" is the stride of the last map. In default scales the
+    nearest stride replaces a missing one.
     """
     known = sorted(set(strides))
     chosen = {}
@@ -603,7 +604,7 @@ def compute_loss(logits, labels):
 
 
 def build_model(args, n_outputs):
-    """(model, origin of its weights), frozen or not, as --weights and --finetune ask."""
+    """(model, text on the origin of its weights), from --weights and --finetune."""
 
     def build(finetune, pretrained=False):
         torch.manual_seed(args.seed)
@@ -724,7 +725,7 @@ def fit_head(model, table, cache, settings):
     """
     began = time.time()
     table = table[table["split"] != "held out"]
-    views, labels, clean, clean_labels = look_up(cache, table)
+    (views, labels), (clean, clean_labels) = look_up_features(cache, table)
     model.eval().fit_standardize(clean)
     with torch.no_grad():
         x = torch.cat([model.head_inputs(part.to(DEVICE)).cpu() for part in (*views, clean)])
@@ -811,8 +812,8 @@ def compute_baseline_auc(labels):
 def find_lr(model, loaders, settings, run=None):
     """The learning rate whose first steps lower the loss most and stay stable; restores the model.
 
-    Smith's range test (2017, arXiv:1506.01186) raises the rate at each step; on few pictures the
-    loss then falls because steps pass. Here each rate, four per decade, takes the first 24 steps of
+    Smith's range test (2017, arXiv:1506.01186) raises the rate at each step; on few pictures more
+    steps alone lower the loss. Here each rate, four per decade, takes the first 24 steps of
     the training from the same weights. Columns of lr_find.csv: `highest` is the training loss of the
     worst epoch; `loss` is that of the second half of the steps, or for a head, which overfits, the
     validation loss after them.
@@ -856,9 +857,9 @@ def find_lr(model, loaders, settings, run=None):
 def suggest_lr(curve, frozen):
     """(learning rate, reason) from the columns lr, ascending, loss and highest of the range test.
 
-    The first rate whose worst epoch exceeds the starting loss by 8 % is dropped, with all higher
-    ones. A head then uses the rate of lowest loss. A whole network uses the highest rate whose loss
-    is at most a fifth of the starting loss above the lowest.
+    Rates from the first whose worst epoch exceeds the starting loss by 8 % are dropped. A head then
+    uses the rate of lowest loss. A whole network uses the highest rate whose loss is at most a fifth
+    of the starting loss above the lowest.
     """
     start = curve["highest"][0]
     harmful = ~(curve["highest"] <= 1.08 * start)  # nan counts as harmful
@@ -882,9 +883,9 @@ def train_once(args, pictures, classes, recipe):
         say(f"{run} is finished")
         return run
     by_regression = settings.optimizer == "lbfgs"
-    fitted = table[table["split"].isin(["train", "val"] if by_regression else ["train"])]
-    validated = fitted if by_regression else table[table["split"] == "val"]
-    labels = validated["label"][~validated["copy"]]
+    fit_table = table[table["split"].isin(["train", "val"] if by_regression else ["train"])]
+    val_table = fit_table if by_regression else table[table["split"] == "val"]
+    labels = val_table["label"][~val_table["copy"]]
     facts = {
         "data_set": run.parents[1].name,
         "data": settings.data,
@@ -927,7 +928,7 @@ def train_once(args, pictures, classes, recipe):
         "val_loss": best["val_loss"],
         "by_chance": by_chance,
         "config": config,
-        "fitted": fitted["digest"].tolist(),
+        "fitted": fit_table["digest"].tolist(),
         "recipe": recipe.to_text(),
         "chromatogram": chromatogram.tolist(),
         "cohort": cohort,
@@ -939,7 +940,7 @@ def train_once(args, pictures, classes, recipe):
     if best["epoch"] <= len(history) / 10:
         say("warning: the kept epoch is among the first tenth; try a lower --lr")
     if by_chance:
-        say(f"warning: no better than chance: 1 in 20 shuffled labels has a ROC AUC above {facts['baseline_auc']:.3f}")
+        say(f"warning: no better than chance: 1 in 20 permutations has a ROC AUC above {facts['baseline_auc']:.3f}")
     return run
 
 
@@ -975,7 +976,7 @@ def resolve_settings(args, pictures, recipe):
     if (settings.views and not model.frozen) or (settings.optimizer == "lbfgs" and not settings.views):
         raise InputError("--views and --optimizer lbfgs need --finetune head; lbfgs also needs --views")
     if settings.optimizer == "lbfgs":
-        vars(settings).update(dict.fromkeys(LOOP_SETTINGS))
+        vars(settings).update(dict.fromkeys(LOOP_SETTINGS))  # all None
         return model, settings, table
     n_train = (table["split"] == "train").sum()
     if args.batch_size == "auto":
@@ -984,9 +985,9 @@ def resolve_settings(args, pictures, recipe):
         n_steps = math.ceil(n_train / settings.batch_size / WORLD)
         settings.epochs = min(100, max(20, math.ceil(400 / n_steps)))
     if args.patience == "auto":
-        settings.patience = max(10, settings.epochs // 4)
-        if args.scheduler == "cosine":  # its last epoch was as good as the best one (EXPERIMENTS)
-            settings.patience = settings.epochs
+        # The last epoch of a cosine schedule was as good as the best one (EXPERIMENTS).
+        to_the_end = args.scheduler == "cosine"
+        settings.patience = settings.epochs if to_the_end else max(10, settings.epochs // 4)
     return model, settings, table
 
 
@@ -1010,22 +1011,22 @@ def run_folder(args):
 
 
 def make_training_table(pictures, settings):
-    """Apply --shuffle-labels and --folds (k is held out, k + 1 validates). Copies only train."""
+    """Apply --shuffle-labels and --folds (k is held out, k + 1 validates); shifted copies only train."""
     table = pictures.copy()
     if settings.shuffle_labels:
         table["label"] = shuffle_labels(table, settings.seed)
     if settings.fold is not None:
         folds = assign_folds(table, settings.folds, settings.seed)
-        turn = (folds - settings.fold) % settings.folds
-        table["split"] = np.select([turn == 0, turn == 1], ["held out", "val"], "train")
+        offset = (folds - settings.fold) % settings.folds
+        table["split"] = np.select([offset == 0, offset == 1], ["held out", "val"], "train")
     return table[(table["split"] == "train") | ~table["copy"]]
 
 
 def shuffle_labels(table, seed):
     """Permuted labels, a control. Copies, and rows of one group and label, keep a common label."""
-    owner = table.groupby(["group", "label"]).ngroup().to_numpy()
-    labels = table["label"].groupby(owner).first().to_numpy()
-    return np.random.default_rng(seed).permutation(labels)[owner]
+    unit = table.groupby(["group", "label"]).ngroup().to_numpy()
+    labels = table["label"].groupby(unit).first().to_numpy()
+    return np.random.default_rng(seed).permutation(labels)[unit]
 
 
 def assign_folds(table, n_folds, seed):
@@ -1047,7 +1048,7 @@ def find_classes(pictures, positive=None):
     for split, row in counts.iterrows():
         if row.min() == 0:
             raise InputError(f"the {split} split has no picture of {first_few(row.index[row == 0])}")
-    return sorted(classes, key=lambda name: name == positive)
+    return sorted(classes, key=lambda name: name == positive)  # positive last; the order stays
 
 
 def write_held_out(run, model, table, recipe, fold):
@@ -1090,10 +1091,10 @@ def draw_transformed(run, originals, model, recipe, settings):
     """Article, Figure 4: training pictures as the network sees them, one view of each."""
     shown = originals.iloc[:: max(1, len(originals) // 9)].head(9)
     views = Pictures(shown, training_transform(model, recipe, settings))
-    grid = make_grid([x for x, _ in views], nrow=3, padding=4, pad_value=math.inf)
+    grid = make_grid([x for x, _ in views], nrow=3, padding=4, pad_value=math.inf)  # clipped to white
     image = grid.permute(1, 2, 0).numpy() * model.std + model.mean
     with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.3)) as axes:
-        axes.imshow(image.clip(0, 1))  # the padding becomes white
+        axes.imshow(image.clip(0, 1))
         axes.axis("off")
 
 
@@ -1123,7 +1124,7 @@ def tune(args, pictures, recipe):
             history, _ = learn(model, settings, table, pictures, recipe, on_epoch=prune)
         except InputError as error:
             say(f"trial {trial.number} is given up: {error}")
-            raise optuna.TrialPruned from None  # a FAILED trial would never be counted
+            raise optuna.TrialPruned from None  # pruned trials are counted, failed ones are tried again
         return min(map(score_epoch, history))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -1188,7 +1189,7 @@ def make_parser():
     optimizer = "auto: lbfgs (logistic regression) for a head on cached features, else adamax"
     add("--optimizer", choices=["auto", "lbfgs", *OPTIMIZERS], default="auto", help=optimizer)
     add("--epochs", type=or_auto(count), default="auto", help="maximum; auto: about 400 steps")
-    patience = "keep the best epoch, stop after so many worse ones; auto: cosine keeps its last epoch"
+    patience = "stop after N worse epochs and keep the best; auto with cosine: train all, keep the last"
     add("--patience", type=or_auto(count), default="auto", help=patience)
     add("--batch-size", type=or_auto(count), default="auto", help="per process; auto: 8, or 32 for 1,000+ pictures")
     add("--lr", type=or_auto(float), default="auto", help="learning rate, or auto: range test")
@@ -1212,7 +1213,7 @@ def make_parser():
     workers = cores() if CUDA else max(1, cores() // 4)  # leave cores for the network
     add("--workers", type=int, default=workers, help="processes that load pictures; augmentation depends on how many")
     add("--out", default="runs", metavar="DIR", help="writes DIR/<data set>/<backbone>/seed<seed>/")
-    add("--name", help="folder in place of <data set>")
+    add("--name", help="name that replaces <data set>")
     return parser
 
 

@@ -275,7 +275,7 @@ def write_crowd(folder, seed, n_runs=150):
     call(convert.main, folder / "raw", folder / "raw/samples.csv", folder, *axes)
 
 
-def compute_ranking(run, data, drift=0.3, most=0.1):
+def compute_ranking(run, data, drift=0.3, limit=0.1):
     """{column: text} for a run: AUCs of rankings that should separate planted from background features."""
     model, checkpoint = train.load_run(run)
     recipe = checkpoint["recipe"]
@@ -290,20 +290,20 @@ def compute_ranking(run, data, drift=0.3, most=0.1):
 
     def compute_evidence(rows):
         """(evidence at the features (F,), removed components), from the pictures of these rows."""
-        components = explain.find_common_components(measured[rows], p[rows], most=most)
+        components = explain.find_common_components(measured[rows], p[rows], limit=limit)
         evidence = explain.compute_evidence(measured[rows], p[rows], components)
-        return explain.look_up(evidence, features, recipe), components
+        return explain.look_up_values(evidence, features, recipe), components
 
     r, components = compute_evidence(np.full(len(p), True))
     r_test, _ = compute_evidence(test)
-    at_features = explain.look_up(measured, features, recipe)  # (N, F)
+    at_features = explain.look_up_values(measured, features, recipe)  # (N, F)
     found = explain.compute_evidence_p(r, len(p) - 2 - components.shape[1])["q"] < 0.05
     t = ttest_ind(at_features[exposed], at_features[~exposed], equal_var=False).statistic
     aucs = {"evidence": r, "evidence, test pictures": r_test, "t-test of phenotypes": t}
     layers = explain.choose_layers(model)
     if layers:
         cam = sum(explain.compute_cams(model, layers, recipe, [pictures[i] for i in np.flatnonzero(exposed)], 1))
-        aucs["LayerCAM"] = explain.look_up(cam.ravel(), features, recipe)
+        aucs["LayerCAM"] = explain.look_up_values(cam.ravel(), features, recipe)
 
     order = np.argsort(-abs(r))
     hits = found & planted
@@ -345,7 +345,7 @@ def bins():
             call(convert.main, source / "raw", source / "raw/samples.csv", data, *flags)
             shutil.copy(source / "features.csv", data)
             run = train_or_find(data, "pixels", [*MODELS["pixels"], "--seed", seed])
-            row, plain = compute_ranking(run, data), compute_ranking(run, data, most=0)
+            row, plain = compute_ranking(run, data), compute_ranking(run, data, limit=0)
             cells = [row["t-test of phenotypes"], plain["evidence"], row["evidence"]]
             print(f"| {source} | {n} | {normalize} | {' | '.join(cells)} |", flush=True)
 

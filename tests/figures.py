@@ -2,7 +2,7 @@
 
     python tests/figures.py FILE.mzML [FOLDER]
 
-Writes run_to_picture.png (the steps of `deeplcms.make_picture`) and augmentation.png.
+Writes raw_file_to_picture.png (the steps of `deeplcms.make_picture`) and augmentation.png.
 """
 
 import sys
@@ -82,7 +82,7 @@ def main():
     run, folder = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else ROOT / ".github/figures")
     statistics = convert.read_statistics(run, 0)
     box = [statistics[side] for side in ("rt_first", "rt_last", "mz_low", "mz_high")]
-    draw_steps(run, box, folder / "run_to_picture.png")
+    draw_steps(run, box, folder / "raw_file_to_picture.png")
     draw_augmentation(run, box, folder / "augmentation.png")
 
 

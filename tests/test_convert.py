@@ -396,7 +396,7 @@ def test_statistics_far_from_the_training_cohort_give_a_warning():
     unusual |= {"mz_low": (300.0,), "mz_high": (1500.0,), "rt_shift": (0.2, -0.1), "scan_kinds": (2,)}
     unusual |= {"n_peaks": (1e6, 1e4), "n_scans": (300, 1200), "rt_gap": (3.0,)}
     other = deeplcms.find_anomalies(typical | {"polarity": "-", "rt_first": 2.0}, cohort, recipe)
-    assert other.startswith("rt_first is 2 ") and other.endswith("; polarity is -, unlike the training runs")
+    assert other.startswith("rt_first is 2 ") and other.endswith("; polarity is -, unlike the training files")
     for name, values in unusual.items():
         for value in values:
             assert deeplcms.find_anomalies(typical | {name: value}, cohort, recipe).startswith(f"{name} is {value:.4g}")
@@ -465,7 +465,7 @@ def test_samples_of_one_group_are_in_one_split():
         ("sample_name,phenotype\na,x\nb,x\n", "files of two phenotypes are needed"),
         ("sample_name,phenotype\na,x\nc,y\n", "do names and files match?"),
         ("sample_name,phenotype\na,x,,\nb,y,,\n", "its rows have more fields than its header"),
-        ("sample_name,Phenotype,phenotype\na,x,y\nb,y,x\n", "two columns mean the same: Phenotype, phenotype"),
+        ("sample_name,Phenotype,phenotype\na,x,y\nb,y,x\n", "titles become the same: Phenotype, phenotype"),
         ("sample_name,phenotype\n\n,\na,x\n../b,y\n", "row 5: sample_name '../b' cannot be used"),
         ("sample_name,phenotype\na,x\na.mzML,y\n", "named more than once: a"),
         ('sep=;\n"sample\nname";"phenotype"\na;x\na;y\n', "named more than once: a"),
@@ -891,7 +891,7 @@ def test_a_killed_and_resumed_conversion_equals_an_uninterrupted_one_without_orp
 @pytest.mark.parametrize(
     ("change", "texts", "message"),
     [
-        (Image.Image.copy, {"mz_max": "900.5"}, "another kind of picture .*mz_max is 900.[05], not 900.[05]"),
+        (Image.Image.copy, {"mz_max": "900.5"}, "its recipe is not that .*mz_max is 900.[05], not 900.[05]"),
         (lambda image: image.resize((32, 32)), {}, "make it again"),
         (lambda image: image.convert("RGB"), {}, "make it again"),  # as old versions of convert.py made them
         (Image.Image.copy, {"chromatogram": None}, "make it again"),

@@ -86,7 +86,7 @@ def test_columns_that_separate_the_classes_are_flagged_as_confounders():
     )
     table, not_tested = evaluate.find_confounders(pictures)
     assert set(table.index) == {"total_intensity", "start_time", "batch", "column"}
-    assert not_tested == {"note": "40 names in 40 runs"}
+    assert not_tested == {"note": "40 names, 40 groups"}
     assert evaluate.flag_confounders(table) == ["start_time", "batch"]
     assert table["auc"].round(2)[["start_time", "batch", "column"]].tolist() == [0.98, 1, 0.5]
 
@@ -135,7 +135,7 @@ def test_names_of_people_are_no_confounder_and_repeated_injections_count_once():
     pictures = make_pictures_table(np.where(person % 2, "case", "control"), person=person_of, site=site[person])
     together, not_tested = evaluate.find_confounders(pictures.assign(group=person_of))
     assert list(together.index) == ["site"]  # each person has a unique name
-    assert not_tested == {"person": "24 names in 24 runs"}
+    assert not_tested == {"person": "24 names, 24 groups"}
     alone, _ = evaluate.find_confounders(pictures.drop_duplicates("person"))
     pd.testing.assert_frame_equal(together, alone)  # five injections of a person count as one
 
@@ -403,7 +403,7 @@ def test_an_ensemble_needs_the_same_data_set_axes_and_classes(two, tmp_path):
     data, folder = two
     for name, change, message in (
         ("classes", lambda c: c["config"]["classes"].reverse(), "its classes, or their order, differ"),
-        ("axes", lambda c: c["recipe"].update(rt_max="12.0"), "another kind of picture than the others"),
+        ("axes", lambda c: c["recipe"].update(rt_max="12.0"), "its recipe is not that of the others"),
         ("data", lambda c: c["config"]["settings"].update(pictures=1), "its data set, or its split, differs"),
     ):
         other = copy_and_change(folder, tmp_path / name, change)

@@ -116,7 +116,7 @@ def test_half_and_double_precision_give_the_same_evidence(two, network, tmp_path
     p = explain.predict_probabilities([model], RECIPE, pictures)[0][:, 1]
     measured = np.array([explain.local_intensity(picture, RECIPE, 0.3).ravel() for picture in pictures], float)
     evidence = explain.compute_evidence(measured, p, explain.find_common_components(measured, p))
-    expected = abs(explain.look_up(evidence, answer, RECIPE))
+    expected = abs(explain.look_up_values(evidence, answer, RECIPE))
     assert answer["evidence"].to_numpy() == pytest.approx(expected, abs=0.001)
 
 
@@ -240,7 +240,7 @@ def test_t_compares_the_known_phenotypes_and_in_box_counts_neighbouring_features
     in_class = np.array([1.0] * 5 + [np.nan] + [0.0] * 6)
 
     def ranked(in_class, tolerance=0.3):
-        tests = explain.compare_phenotypes(explain.look_up(measured, table, RECIPE), in_class)
+        tests = explain.compare_phenotypes(explain.look_up_values(measured, table, RECIPE), in_class)
         return explain.rank_features(table, np.zeros(3), tests, [tolerance, 25.0]).set_index("name")
 
     found = ranked(in_class)
@@ -379,7 +379,7 @@ def test_feature_lists_of_other_programs_are_read(tmp_path, text, name):
     ("text", "message"),
     [
         ("rt,mz,name\n5,300,x,\n6,400,x,\n", "its rows have more fields than its header"),
-        ("rt,mz,Fold change,fold-change\n5,300,1,2\n", "two columns mean the same: Fold change, fold-change"),
+        ("rt,mz,Fold change,fold-change\n5,300,1,2\n", "titles become the same: Fold change, fold-change"),
         ("Time,Mass\n5,300\n", r"no columns of retention time .*; found: time, mass"),
         (',"mzmed","rtmed"\nFT1,300,315\n', "retention times in seconds"),  # XCMS
     ],

@@ -430,7 +430,7 @@ def test_the_kept_weights_are_the_mean_over_recent_epochs(demo, capsys, patience
     assert not torch.equal(kept["head.weight"], epochs[n - 1]["head.weight"])
     model.load_state_dict(kept)
     assert compute_validation_loss(model, pictures, recipe) == pytest.approx(history[n - 1]["val_loss"])
-    assert capsys.readouterr().out.count("all 3 epochs are trained and the last is kept") == (patience == "auto")
+    assert capsys.readouterr().out.count("trains all 3 epochs and keeps the last") == (patience == "auto")
 
 
 @pytest.mark.parametrize("seed", [2643, 3])
@@ -555,7 +555,7 @@ def test_a_model_no_better_than_chance_gives_a_warning(demo, tmp_path, capsys):
     entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
     assert train.compute_baseline_loss(np.array([0, 0, 0, 1]), 1) == pytest.approx(entropy)
     train_in(tmp_path, demo, "--shuffle-labels", "--optimizer", "auto", backbone="pixels")
-    assert "warning: no better than chance: 1 in 20 shuffled labels has a ROC AUC above 0.6" in capsys.readouterr().out
+    assert "warning: no better than chance: 1 in 20 permutations has a ROC AUC above 0.6" in capsys.readouterr().out
     assert run("evaluate.py", cwd=tmp_path) == (0, "")
     assert "on validation pictures no better than chance" in capsys.readouterr().out
 
