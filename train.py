@@ -795,7 +795,7 @@ def choose_shrinkage(logits, baseline, labels):
 
 
 def compute_baseline_loss(labels, n_outputs):
-    """Loss of always predicting the class frequencies."""
+    """Loss of always predicting the class frequencies; it follows a fork's compute_loss."""
     labels = torch.tensor(list(labels))
     _, bias = fit_logistic(torch.empty(len(labels), 0, dtype=torch.float64), labels, n_outputs)
     return compute_loss(bias.expand(len(labels), -1), labels).item()
