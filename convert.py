@@ -360,6 +360,7 @@ def print_summary(table, found, recipe):
     for warning, is_so in warnings.items():
         if is_so.any():
             print(f"warning: {warning}: {first_few(found.index[is_so])}")
+    # A cohort of one row: its range is the median.
     typical = pd.DataFrame([found[STATISTICS].median()]).assign(polarity=found["polarity"].mode())
     anomalies = found.apply(find_anomalies, axis=1, args=(typical, recipe, "other files"))
     anomalies = anomalies[anomalies != ""]

@@ -354,14 +354,14 @@ def find_anomalies(statistics, cohort, recipe, others="training files"):
     high = cohort.quantile(0.95, numeric_only=True)
     rt = 0.1 * (high["rt_last"] - low["rt_first"])  # a tenth of the axis
     mz = 0.1 * (high["mz_high"] - low["mz_low"])
-    margin = {"rt_first": rt, "rt_last": rt, "rt_gap": rt, "mz_low": mz, "mz_high": mz, "outside": 0.05}
-    margin = pd.Series(margin | {"scan_kinds": 0, "rt_shift": 2 * recipe.bin_size()[0]})
-    factor = pd.Series({"total_intensity": 3, "n_peaks": 3, "n_scans": 1.5})
-    least = (low - margin).fillna(low / factor).dropna()
-    most = (high + margin).fillna(high * factor)
+    margins = {"rt_first": rt, "rt_last": rt, "rt_gap": rt, "mz_low": mz, "mz_high": mz, "outside": 0.05}
+    margins |= {"scan_kinds": 0, "rt_shift": 2 * recipe.bin_size()[0]}
+    factors = {"total_intensity": 3, "n_peaks": 3, "n_scans": 1.5}
+    limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items() if name in low}
+    limits |= {name: (low[name] / factor, high[name] * factor) for name, factor in factors.items()}
     warnings = []
-    for name in least.index:
-        if not least[name] <= statistics[name] <= most[name]:
+    for name, (least, most) in limits.items():
+        if not least <= statistics[name] <= most:
             usual = f"{low[name]:.4g}"
             if low[name] < high[name]:
                 usual += f" to {high[name]:.4g}"
