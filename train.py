@@ -383,7 +383,7 @@ def cache_features(model, table, recipe, settings):
 
 def extract_features(model, datasets, settings):
     """Features (N, F) of the pictures of all datasets; processes take batches in turn."""
-    fast = timm.utils.reparameterize_model(model).eval()  # a copy with fused branches, twice as fast
+    fast = timm.utils.reparameterize_model(model).eval()  # a copy with fused branches, faster
     dataset = ConcatDataset(datasets)
     n = len(dataset)
     batches = [range(i, min(i + 32, n)) for i in range(0, n, 32)][RANK::WORLD]
@@ -506,7 +506,7 @@ class Classifier(nn.Module):
         self.architecture = zlib.crc32(repr(self.backbone).encode())
         default = SCALES["pixels" if backbone == "pixels" else finetune]
         self.scales = parse_scales(scales, default, strides, backbone)
-        index_of = {stride: i - 1 for i, stride in enumerate(strides)}  # the last map of each stride
+        index_of = {stride: i - 1 for i, stride in enumerate(strides)}  # last map of each stride
         self.map_indices = [index_of[stride] for stride, _, _ in self.scales if stride > 1]
         self.taps = nn.ModuleList(nn.Identity() for _ in self.map_indices)  # explain.py hooks these
         self.sizes = self.count_features(backbone)
@@ -577,8 +577,8 @@ class Classifier(nn.Module):
 def parse_scales(scales, default, strides, backbone):
     """["STRIDE:GRID"] -> [(stride, cells in retention time, cells in m/z)] by stride.
 
-    A grid is N (N x N cells) or TIMExMZ; "last" is the stride of the last map. In default scales the
-    nearest stride replaces a missing one.
+    A grid is N (N x N cells) or TIMExMZ; "last" is the stride of the last map. In default scales
+    the nearest stride replaces a missing one.
     """
     known = sorted(set(strides))
     chosen = {}
@@ -858,8 +858,8 @@ def suggest_lr(curve, frozen):
     """(learning rate, reason) from the columns lr, ascending, loss and highest of the range test.
 
     Rates from the first whose worst epoch exceeds the starting loss by 8 % are dropped. A head then
-    uses the rate of lowest loss. A whole network uses the highest rate whose loss is at most a fifth
-    of the starting loss above the lowest.
+    uses the rate of lowest loss. A whole network uses the highest rate whose loss is at most a
+    fifth of the starting loss above the lowest.
     """
     start = curve["highest"][0]
     harmful = ~(curve["highest"] <= 1.08 * start)  # nan counts as harmful
