@@ -495,7 +495,7 @@ def draw_test(path, title, predictions, confusion, metrics):
     """Confusion matrix; ROC curve and calibration of class 1, or of each of more than two classes."""
     classes = list(confusion)
     shown = classes[1:] if len(classes) == 2 else classes
-    shares = confusion.div(confusion.sum(axis=1).clip(1), axis=0).to_numpy()  # of each true class
+    shares = confusion.div(confusion.sum(axis=1).clip(1), axis=0).to_numpy()  # rows sum to 1
     with figure(path, title, (17, 6.4), ncols=3) as (left, middle, right):
         left.imshow(shares, cmap="Blues", vmin=0, vmax=2)  # no dark blue, as the text is black
         for (i, j), n in np.ndenumerate(confusion):
