@@ -491,8 +491,8 @@ def predict_classes(probabilities, threshold=0.5):
 def compute_metrics(labels, logits, threshold=0.5):
     """{metric: value} of labels (N,) and logits (N, 1 or K); nan if undefined.
 
-    Two classes: metrics of class 1. More classes: means over the classes. A name here is a column of
-    epochs.csv and comparison.csv, and a row of metrics.json; the first three are shown in training.
+    Metrics of a class are those of class 1 of two, else the mean. Names are keys of metrics.json and,
+    after train_ or val_, columns of epochs.csv and comparison.csv; training shows the first three.
     """
     probabilities = to_probabilities(logits)
     n_classes = probabilities.shape[1]

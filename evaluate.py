@@ -438,7 +438,8 @@ def find_confounders(table):
 
     Pictures with one value form a part; more than twelve numbers or dates form five parts. auc: the score
     of a picture is the share of a phenotype in its part. The best phenotype counts, so chance exceeds 0.5.
-    q: Benjamini-Hochberg p of the chi-squared test; for numbers twice the lower of it and Kruskal-Wallis.
+    q: p of the chi-squared test, for numbers twice the lower of it and that of Kruskal-Wallis, after
+    Benjamini and Hochberg.
     Not tested: a column with more names than the rarest phenotype has groups (people).
     """
     rows, not_tested = {}, {}
