@@ -51,13 +51,15 @@ def convert(args):
     present = table.dropna(subset="path").set_index("sample_name", drop=False)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings["samples"] = (present["split"] + "/" + present["phenotype"]).to_dict()
-    axes = read_axes(out_dir, settings) or find_axes(present["path"], args)
+    axes, failures = read_axes(out_dir, settings), {}
+    if axes is None:
+        axes, failures = find_axes(present["path"], args)
     fields = {name: value for name, value in settings.items() if name in Recipe.__annotations__}
     recipe = Recipe(*axes, **fields | {"bins": tuple(args.bins)})
 
     for leftover in out_dir.glob("*/*/.*.tmp.png"):  # a killed command left it
         leftover.unlink()
-    statistics, tasks, failures = {}, {}, {}
+    statistics, tasks = {}, {}
     for row in present.itertuples():
         pngs = list_pngs(out_dir, row, args)
         pngs[0][0].parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,8 @@ def convert(args):
             if header.get("source_state") == read_file_state(row.path):
                 statistics[row.sample_name] = header
                 continue
-        tasks[row.sample_name] = (row.path, pngs, recipe)
+        if row.sample_name not in failures:
+            tasks[row.sample_name] = (row.path, pngs, recipe)
     gather({})  # barrier: all processes list the folder before one writes
     if RANK == 0:
         write_json(out_dir / "settings.json", settings | {"axes": axes})
@@ -100,14 +103,16 @@ def read_axes(out_dir, settings):
 
 
 def find_axes(paths, args):
-    """[rt_min, rt_max, mz_min, mz_max], given or of all files that can be read."""
+    """[rt_min, rt_max, mz_min, mz_max], given or of all files, and {name: exception} of bad ones."""
     if args.rt_range and args.mz_range:
-        return [*args.rt_range, *args.mz_range]
+        return [*args.rt_range, *args.mz_range], {}
     tasks = {name: (path, args.min_intensity, args.only_polarity) for name, path in paths.items()}
-    results = list(for_each(read_statistics, tasks, args.workers, "finding axes").values())
-    found = pd.DataFrame([result for result in results if isinstance(result, dict)])
-    if found.empty:
-        raise InputError(f"no file could be read; the first: {results[0]}")
+    found, failures = {}, {}
+    for name, result in for_each(read_statistics, tasks, args.workers, "finding axes").items():
+        (failures if isinstance(result, Exception) else found)[name] = result
+    if not found:
+        raise InputError(f"no file could be read; the first: {next(iter(failures.values()))}")
+    found = pd.DataFrame.from_dict(found, orient="index")
     rt_range = args.rt_range or [found["rt_first"].min(), found["rt_last"].max()]
     mz_range = args.mz_range or [found["mz_low"].min(), found["mz_high"].max()]
     axes = []
@@ -115,7 +120,7 @@ def find_axes(paths, args):
         margin = 0.5 if low == high else 0  # one scan or one m/z: as numpy.histogram2d does
         axes += [float(low - margin), float(high + margin)]
     print("axes: {:.2f} to {:.2f} min, m/z {:.2f} to {:.2f}".format(*axes))
-    return axes
+    return axes, failures
 
 
 def read_statistics(path, min_intensity, polarity=""):

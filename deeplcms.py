@@ -328,9 +328,9 @@ def measure_rt_shift(chromatogram, typical, recipe):
     n = len(chromatogram)
     max_lag = n // 10
     middle = typical[max_lag : n - max_lag]
-    middle = middle - middle.mean()  # centring one of the two is enough
     windows = np.lib.stride_tricks.sliding_window_view(chromatogram, len(middle))  # (lag, time)
-    correlation = windows @ middle / np.maximum(windows.std(axis=1), 1e-12)
+    windows = windows - windows.mean(axis=1, keepdims=True)  # centring one of the two is enough
+    correlation = windows @ middle / np.maximum(np.linalg.norm(windows, axis=1), 1e-12)
     correlation[max_lag] += 1e-6  # ties: prefer lag 0
     return float((correlation.argmax() - max_lag) * recipe.bin_size()[0])
 
@@ -340,7 +340,8 @@ def summarize_cohort(pictures, recipe):
     chromatograms = [np.array(text.split(), float) for text in pictures["chromatogram"]]
     typical = np.mean(chromatograms, axis=0)
     shifts = [measure_rt_shift(one, typical, recipe) for one in chromatograms]
-    cohort = pictures[STATISTICS].astype(float).assign(polarity=pictures["polarity"], rt_shift=shifts)
+    cohort = pictures[STATISTICS].astype(float)
+    cohort = cohort.assign(polarity=pictures["polarity"], rt_shift=shifts)
     return typical, cohort.to_dict("list")
 
 
@@ -357,8 +358,9 @@ def find_anomalies(statistics, cohort, recipe, others="training files"):
     margins = {"rt_first": rt, "rt_last": rt, "rt_gap": rt, "mz_low": mz, "mz_high": mz, "outside": 0.05}
     margins |= {"scan_kinds": 0, "rt_shift": 2 * recipe.bin_size()[0]}
     factors = {"total_intensity": 3, "n_peaks": 3, "n_scans": 1.5}
-    limits = {name: (low[name] - margin, high[name] + margin) for name, margin in margins.items() if name in low}
-    limits |= {name: (low[name] / factor, high[name] * factor) for name, factor in factors.items()}
+    limits = {name: (low[name] / factor, high[name] * factor) for name, factor in factors.items()}
+    for name in low.index.intersection([*margins]):
+        limits[name] = (low[name] - margins[name], high[name] + margins[name])
     warnings = []
     for name, (least, most) in limits.items():
         if not least <= statistics[name] <= most:
@@ -445,7 +447,7 @@ def read_header(path):
     """(text chunks, Recipe) of a PNG made by convert.py; its pixels are not read."""
     with open_png(path) as image:
         recipe = Recipe.from_text(image.info)
-        needed = {"chromatogram", "digest", "shift", *STATISTICS}
+        needed = {"sample_name", "chromatogram", "digest", "shift", "polarity", *STATISTICS}
         if image.mode != "P" or image.size != recipe.bins or not needed <= set(image.info):
             raise ValueError("its pixels or text do not match its recipe")
         return image.info, recipe

@@ -148,7 +148,7 @@ def read_split(checkpoint, data, split):
     table, recipe = find_pictures(data, None if split == "all" else (split,))
     check_recipe(recipe, checkpoint["recipe"], data)
     table = table.query("not copy").reset_index(drop=True)
-    return table, [read_picture(path) for path in progress(table["path"], "reading")]
+    return table, [read_picture(path) for path in progress(table["path"], "reading", unit="picture")]
 
 
 def predict_probabilities(models, recipe, pictures):
@@ -218,16 +218,17 @@ def predict_files(runs, files, threshold=0.5):
     print(describe_rule(classes, threshold), end="\n\n")
     table, pictures = read_files(list_files(files), recipe)
     members = predict_probabilities(models, recipe, pictures)
-    predictions = table[["file"]].join(tabulate(members, classes, threshold))
-    predictions = predictions.assign(rt_shift=0.0, warning="a PNG: how its raw file was measured is unknown")
-    for i, statistics in enumerate(table["statistics"]):
-        chromatogram = compute_chromatogram(pictures[i])
-        shift = measure_rt_shift(chromatogram, checkpoint["chromatogram"], recipe)
-        predictions.loc[i, "rt_shift"] = shift
+    shifts, warnings = [], []
+    for picture, statistics in zip(pictures, table["statistics"], strict=True):
+        chromatogram = compute_chromatogram(picture)
+        shifts.append(measure_rt_shift(chromatogram, checkpoint["chromatogram"], recipe))
+        warning = "a PNG: how its raw file was measured is unknown"
         if statistics:
-            statistics["rt_shift"] = shift
-            predictions.loc[i, "warning"] = find_anomalies(statistics, checkpoint["cohort"], recipe)
-    return predictions
+            statistics["rt_shift"] = shifts[-1]
+            warning = find_anomalies(statistics, checkpoint["cohort"], recipe)
+        warnings.append(warning)
+    predictions = tabulate(members, classes, threshold)
+    return table[["file"]].join(predictions).assign(rt_shift=shifts, warning=warnings)
 
 
 def read_files(files, recipe):
@@ -406,7 +407,7 @@ def compute_intervals(labels, logits, groups, threshold=0.5):
     strata = has_class.groupby([*has_class])  # groups with the same classes
     rng = np.random.default_rng(SEED)
     resamples = []
-    for _ in progress(range(RESAMPLES), "bootstrap"):
+    for _ in progress(range(RESAMPLES), "bootstrap", unit="resample"):
         drawn = strata.sample(frac=1, replace=True, random_state=rng)
         i = np.concatenate([pictures_of[group] for group in drawn.index])
         resamples.append(compute_metrics(labels[i], logits[i], threshold))
@@ -457,7 +458,7 @@ def find_confounders(table):
         if not is_number and len(counts) > counts.sum().min():
             not_tested[name] = f"{len(counts)} names, {len(values)} groups"
             continue
-        shares = pd.crosstab(parts, phenotype, normalize="index")  # (part, phenotype)
+        shares = counts.div(counts.sum(axis=1), axis=0)  # (part, phenotype)
         auc = max(roc_auc(phenotype == k, parts.map(shares[k])) for k in shares)
         p = chi2_contingency(counts).pvalue
         if is_number:

@@ -132,8 +132,8 @@ def choose_layers(model, names=None):
     stages = getattr(model.backbone, "feature_info", [])
     listed = [stage["module"] for stage in stages if stage["module"] in modules]
     if unknown := set(names or []) - set(modules):
-        known = ", ".join(listed) or "none"
-        raise InputError(f"--layers {first_few(unknown)}: no layer of this backbone; those that timm lists: {known}")
+        known = f"those that timm lists: {', '.join(listed) or 'none'}"
+        raise InputError(f"--layers {first_few(unknown)}: no layer of this backbone; {known}")
     if names:
         return [f"backbone.{name}" for name in names]
     if not model.map_indices:
@@ -344,8 +344,8 @@ def rank_features(table, evidence, tests, half_box):
 def make_inclusion_list(table, tolerance):
     """Mass list of an Orbitrap: q and t_q are below 0.05 or unknown; charge 1 is assumed."""
     table = table.query("not (q >= 0.05 or t_q >= 0.05)")
-    columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"], "z": 1}
-    targets = pd.DataFrame(columns)
+    columns = {"Compound": table["name"], "Formula": "", "Adduct": "(no adduct)", "m/z": table["mz"]}
+    targets = pd.DataFrame(columns).assign(z=1)
     targets["t start (min)"] = (table["rt"] - tolerance).clip(0)
     targets["t stop (min)"] = table["rt"] + tolerance
     return targets.round(5)

@@ -123,9 +123,9 @@ FAST_BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"
 say = functools.partial(print, flush=True)  # line by line, also into a log file
 
 
-def progress(batches, title, total=None):
+def progress(batches, title, total=None, unit="batch"):
     hidden = None if RANK == 0 else True  # None: hidden unless on a terminal
-    return tqdm(batches, title, total, leave=False, unit="batch", disable=hidden)
+    return tqdm(batches, title, total, leave=False, unit=unit, disable=hidden)
 
 
 # ---------------------------------------------------------------- the loop
@@ -1091,7 +1091,8 @@ def draw_transformed(run, originals, model, recipe, settings):
     """Article, Figure 4: training pictures as the network sees them, one view of each."""
     shown = originals.iloc[:: max(1, len(originals) // 9)].head(9)
     views = Pictures(shown, training_transform(model, recipe, settings))
-    grid = make_grid([x for x, _ in views], nrow=3, padding=4, pad_value=math.inf)  # clipped to white
+    # The infinite padding is clipped to white.
+    grid = make_grid([x for x, _ in views], nrow=3, padding=4, pad_value=math.inf)
     image = grid.permute(1, 2, 0).numpy() * model.std + model.mean
     with figure(run / "transformed_grid.png", "Training pictures as the network sees them", (8, 8.3)) as axes:
         axes.imshow(image.clip(0, 1))
@@ -1124,7 +1125,7 @@ def tune(args, pictures, recipe):
             history, _ = learn(model, settings, table, pictures, recipe, on_epoch=prune)
         except InputError as error:
             say(f"trial {trial.number} is given up: {error}")
-            raise optuna.TrialPruned from None  # pruned trials are counted, failed ones are tried again
+            raise optuna.TrialPruned from None  # a pruned trial counts, a failed one is repeated
         return min(map(score_epoch, history))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

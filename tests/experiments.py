@@ -148,9 +148,8 @@ def transfer():
     for size in SIZES.values():  # ensemble of pixels and the whole network
         results = []
         for seed in SEEDS:
-            members = [
-                train_or_find(f"{size}{seed}", name_of(label), MODELS[label]) for label in ("pixels", "all trained")
-            ]
+            data = f"{size}{seed}"
+            members = [train_or_find(data, name_of(label), MODELS[label]) for label in ("pixels", "all trained")]
             out = Path("runs", f"votes-{size}{seed}")
             call(evaluate.main, *members, "--ensemble", "--out", out)
             results.append(evaluate_run(out))
@@ -171,11 +170,10 @@ def print_wins():
         for size in SIZES.values():
             gains = []
             for seed in SEEDS:
-                pixels = evaluate_run(train_or_find(f"{size}{seed}", "pixels", MODELS["pixels"]))["accuracy"]
-                model = evaluate_run(train_or_find(f"{size}{seed}", name_of(label), (MODELS | RANDOM)[label]))[
-                    "accuracy"
-                ]
-                gains.append(round(model - pixels, 6))
+                pixels = train_or_find(f"{size}{seed}", "pixels", MODELS["pixels"])
+                model = train_or_find(f"{size}{seed}", name_of(label), (MODELS | RANDOM)[label])
+                gain = evaluate_run(model)["accuracy"] - evaluate_run(pixels)["accuracy"]
+                gains.append(round(gain, 6))
             gains = np.array(gains)
             cells.append(f"{(gains > 0).sum()}, {(gains < 0).sum()}, {wilcoxon(gains).pvalue:.2g}")
         print(f"| {label} | {' | '.join(cells)} |")
@@ -196,9 +194,8 @@ def normalize():
         cells = []
         for size in SIZES.values():
             prefix = "" if label.startswith("quantile") else f"{label}-"
-            results = [
-                evaluate_run(train_or_find(f"{prefix}{size}{seed}", "pixels", MODELS["pixels"])) for seed in SEEDS
-            ]
+            runs = [train_or_find(f"{prefix}{size}{seed}", "pixels", MODELS["pixels"]) for seed in SEEDS]
+            results = list(map(evaluate_run, runs))
             cells += mean_and_range(results, ["accuracy", "ROC AUC"])
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
@@ -387,9 +384,8 @@ def compute_drops(model, recipe, pictures, maps, k):
 def faithful():
     print("| Cohort | Drop with the CAM | with the moved CAM |\n| --- | --- | --- |")
     for seed in SEEDS:
-        model, checkpoint = train.load_run(
-            train_or_find(f"cohort{seed}", name_of("all trained"), MODELS["all trained"])
-        )
+        run = train_or_find(f"cohort{seed}", name_of("all trained"), MODELS["all trained"])
+        model, checkpoint = train.load_run(run)
         recipe = checkpoint["recipe"]
         table, pictures = explain.read_split(checkpoint, f"cohort{seed}", "val")
         pictures = [pictures[i] for i in np.flatnonzero(table["phenotype"] == "exposed")]
